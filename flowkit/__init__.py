@@ -1,0 +1,54 @@
+"""flowkit: samplers, step optimisation, few-step distillation and trustworthy FID for diffusers pipelines.
+
+Names are imported when they are first used, so ``import flowkit`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as DiffusionPipeline
+    from diffusers import ModelMixin as ModelMixin
+    from diffusers import SchedulerMixin as SchedulerMixin
+
+    from flowkit.analytic import MixtureDenoiser as MixtureDenoiser
+    from flowkit.distill import optimize_steps as optimize_steps
+    from flowkit.grids import Grid as Grid
+    from flowkit.pipelines import ClassConditionalPipeline as ClassConditionalPipeline
+    from flowkit.pipelines import load_demo as load_demo
+    from flowkit.schedulers import RectifiedFlowScheduler as RectifiedFlowScheduler
+    from flowkit.schedulers import save_pretrained as save_pretrained
+
+_HOMES = {
+    "ClassConditionalPipeline": "flowkit.pipelines",
+    "Grid": "flowkit.grids",
+    "MixtureDenoiser": "flowkit.analytic",
+    "RectifiedFlowScheduler": "flowkit.schedulers",
+    "load_demo": "flowkit.pipelines",
+    "optimize_steps": "flowkit.distill",
+    "save_pretrained": "flowkit.schedulers",
+    # What diffusers looks for in the module of a class that it loads.
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+_FOLDERS = ("distill", "eval", "pipelines", "schedulers")
+__all__ = sorted((*_HOMES, *_FOLDERS))
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _FOLDERS:
+        return importlib.import_module(f"flowkit.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flowkit-diffusion")
+    raise AttributeError(f"module 'flowkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

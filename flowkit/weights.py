@@ -1,0 +1,85 @@
+"""Reading and writing tensors: safetensors only, checked before use, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+PICKLES = {".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt"}
+
+
+def check(path: str | os.PathLike[str]) -> Path:
+    """Returns the path if it is a whole safetensors file.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for a pickled weight file, or one that is corrupt or cut short.
+    """
+    path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path} is a pickled weight file, which can run code when it is read; convert it to .safetensors first"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; check the path, or make the file again")
+    try:
+        with safe_open(path, framework="pt"):
+            return path
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is corrupt, cut short or not a safetensors file ({error}); copy or make it again"
+        ) from error
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tensors by name, on the CPU, and its metadata.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for a pickled weight file, or one that is corrupt or cut short.
+    """
+    with safe_open(check(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file whole or not at all, replacing an older one.
+
+    Args:
+        path: the file; its folder is made if missing.
+        tensors: by name, on any device.
+        metadata: strings kept in the header.
+    """
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata or {}))
+    write_bytes(path, content)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all: into a temporary file beside it, which then takes its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,329 @@
+"""The scheduler that goes into any diffusers pipeline: a table of rows behind diffusers' contract."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from flowkit import predictions, solvers
+from flowkit.grids import Grid
+from flowkit.paths import Path
+from flowkit.schedulers import clipping, stock_classes
+from flowkit.schedulers import stock as imitation
+from flowkit.schedulers.base import Plan, TableScheduler
+from flowkit.solvers import Rule, Solver
+
+_NATURAL = {"flow": "flow_prediction"}
+_EDM = {"epsilon": "edm", "v_prediction": "edm_v"}  # on the EDM path these name the sign of c_out
+
+_RULES: dict[str, Rule] = {"midpoint": "mid", "heun": "exact", "bh1": "bh1", "bh2": "mid"}
+
+
+class RectifiedFlowScheduler(TableScheduler):
+    """A scheduler for any path, checkpoint and solver, with diffusers' interface.
+
+    `from_config` takes over from the scheduler of an existing pipeline: same path, and its very solver and grid unless
+    ``solver`` or ``grid`` say otherwise. A fresh one uses our defaults: on the flow path a uniform grid that ends at 0 without a
+    wasted call, and UniPC in flow time. The sample lives in the path's own coordinates, so on VP and flow paths
+    ``scale_model_input`` is the identity.
+
+    Args:
+        num_train_timesteps: model time of pure noise on the continuous clocks, number of discrete times on "vp".
+        path: "flow", "vp", "cosine", "ve" or "edm" (see `flowkit.paths`).
+        prediction_type: what the network returns, in diffusers' words: "flow_prediction", "epsilon", "sample" or
+            "v_prediction"; on "edm" the first two of the latter mean the preconditioned network. None means flow_prediction on
+            the flow path, epsilon elsewhere.
+        solver: one of `flowkit.solvers.SOLVERS`. None means that of the imitated class; on a fresh scheduler "unipc" on the flow
+            path and "dpm++2m" elsewhere.
+        grid: "uniform", "karras", or a `Grid` (also as its dict). None means that of the imitated class; on a fresh scheduler
+            "uniform", and "karras" on VE and EDM.
+        shift: static shift of the flow grid towards noise, > 0; 1 means none.
+        beta_start: first training beta of "vp".
+        beta_end: last training beta of "vp".
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
+        trained_betas: the training betas themselves; None means the schedule.
+        sigma_min: last level of the "karras" grid before 0; None means .002 on VE and EDM, the model's own elsewhere.
+        sigma_max: first level of the "karras" grid; None means 80 on VE and EDM, the model's own elsewhere.
+        sigma_data: standard deviation of the data on "edm".
+        noise: where the noise of stochastic steps comes from: "diffusers" (``randn_tensor``, equal to stock) or "keyed" (a
+            function of seed, sample and step alone; see `flowkit.rng`).
+        debug: look for NaN after every step, which waits for the device, and name the step.
+        stock: name of the diffusers class whose configuration this is; `from_config` sets it.
+
+    Raises:
+        ValueError: for an unknown path, prediction type, solver, grid or noise, or a stock class whose solver is not here and no
+            ``solver`` given.
+    """
+
+    __module__ = "flowkit"  # what diffusers writes into a pipeline's index
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        path: str = "flow",
+        prediction_type: str | None = None,
+        solver: str | None = None,
+        grid: str | Mapping[str, Any] | Grid | None = None,
+        shift: float = 1.0,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float = 0.5,
+        noise: str = "diffusers",
+        debug: bool = False,
+        stock: str | None = None,
+    ) -> None:
+        super().__init__()
+        prediction_type = prediction_type or _NATURAL.get(path, "epsilon")
+        predictions.pair(prediction_type, 1.0, 0.0)  # refuses an unknown type
+        if noise not in ("diffusers", "keyed"):
+            raise ValueError(f"unknown noise {noise!r}; choose 'diffusers' or 'keyed'")
+        if isinstance(grid, Mapping):
+            grid = Grid.from_dict(grid)
+        if isinstance(grid, str) and grid not in ("uniform", "karras"):
+            raise ValueError(f"unknown grid {grid!r}; choose 'uniform' or 'karras', or pass a Grid")
+        if not shift > 0:
+            raise ValueError(f"shift must be a positive number, got {shift}; 1 means none")
+        self.register_to_config(
+            prediction_type=prediction_type, grid=grid.to_dict() if isinstance(grid, Grid) else grid
+        )
+        if solver is not None:
+            solvers.find(solver)
+        self._grid = grid if isinstance(grid, Grid) else None
+        if not stock:
+            self._check_grid(self._grid, self.path)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | SchedulerMixin,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Takes over from any diffusers scheduler.
+
+        Args:
+            config: a scheduler's configuration, ours or stock, or the scheduler itself.
+            return_unused_kwargs: also return a dict of what was not used, which is always empty.
+            **kwargs: knobs of this class (``solver="heun"``) or of the imitated one (``timestep_spacing="trailing"``).
+
+        Returns:
+            The scheduler.
+
+        Raises:
+            ValueError: for a configuration of an unknown or unsupported class, a knob that neither class has, or a class whose
+                solver is not here and no ``solver`` given.
+        """
+        if isinstance(config, SchedulerMixin):
+            config = {**config.config, "_class_name": type(config).__name__}
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"expected a scheduler or its configuration, got {config!r:.80}; pass pipe.scheduler.config"
+            )
+        own = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        if config.get("_class_name") == cls.__name__ or own <= set(config):
+            values = {k: v for k, v in config.items() if not k.startswith("_")}
+        else:
+            values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
+            values |= values.pop("flowkit", {})
+        known = own | set(stock_classes.defaults(values["stock"]) if values.get("stock") else ())
+        if unknown := sorted(set(kwargs) - known):
+            raise ValueError(
+                f"unknown knob {unknown[0]!r} = {kwargs[unknown[0]]!r}; choose from {', '.join(sorted(known))}"
+            )
+        values |= kwargs
+        scheduler = cls(**{k: v for k, v in values.items() if k in own})
+        scheduler.register_to_config(**{k: v for k, v in values.items() if k not in own})
+        _ = scheduler.method  # refuses a class whose solver is not here
+        return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    def stock_config(self) -> tuple[str, dict[str, Any]]:
+        """Returns a stock class and a configuration that it loads, with ours in the one hidden key ``flowkit``.
+
+        Raises:
+            ValueError: where no stock class walks this path.
+        """
+        ours = {k: self.config[k] for k in ("path", "prediction_type", "solver", "grid", "noise", "stock")}
+        values = {k: v for k, v in self.config.items() if not k.startswith("_") and k not in ours}
+        makers = {"flow": "FlowMatchEulerDiscreteScheduler", "vp": "DDIMScheduler", "edm": "EDMEulerScheduler"}
+        name = self.config.stock or makers.get(self.config.path)
+        if name is None or (self.config.path == "vp" and self.config.prediction_type == "flow_prediction"):
+            raise ValueError(
+                f"no diffusers scheduler walks the path {self.config.path!r} with {self.config.prediction_type!r}; "
+                "save with pipe.save_pretrained, which needs flowkit to load"
+            )
+        keep = stock_classes.defaults(name)
+        values = {k: v for k, v in {**values, "prediction_type": self.config.prediction_type}.items() if k in keep}
+        return name, {**values, "flowkit": ours}
+
+    @property
+    def path(self) -> Path:
+        """The path of the sample."""
+        return imitation.make_path(self.config)
+
+    @property
+    def method(self) -> Solver:
+        """The solver: the one asked for, the imitated class's own, or our default for the path.
+
+        Raises:
+            ValueError: where the imitated class's own is not here.
+        """
+        name = self.config["solver"]
+        if name is None and self.config["stock"]:
+            if spec := imitation.solver_spec(self.config):
+                return _imitated(spec, self.path)
+            raise ValueError(
+                f"the solver of {self.config['stock']} with this configuration is not in flowkit; "
+                f"pass solver= one of {', '.join(solvers.SOLVERS)}"
+            )
+        return solvers.solver(name or ("unipc" if self.config["path"] == "flow" else "dpm++2m"), self.path)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid fixed with `set_grid`."""
+        return self._grid
+
+    def set_grid(self, grid: Grid | None) -> None:
+        """Fixes the levels of every later run, over what a pipeline passes by default; None clears them.
+
+        Args:
+            grid: of this scheduler's path; ``num_inference_steps`` must then equal its length.
+
+        Raises:
+            ValueError: for a grid of another path.
+        """
+        self._check_grid(grid, self.path)
+        self._grid = grid
+        self.register_to_config(grid=None if grid is None else grid.to_dict())
+
+    def _check_grid(self, grid: Grid | None, path: Path) -> None:
+        if grid is None:
+            return
+        if not isinstance(grid, Grid):
+            raise TypeError(f"expected a Grid or None, got {grid!r:.80}; read a file with Grid.load")
+        if grid.path != path.name:
+            raise ValueError(
+                f"the grid belongs to the path {grid.path!r}, this scheduler walks {path.name!r}; make one for it"
+            )
+        if grid.solver and grid.solver != self.method.name:
+            warnings.warn(f"the grid was made for solver {grid.solver!r}, this is {self.method.name!r}", stacklevel=3)
+
+    def plan(
+        self,
+        num_inference_steps: int | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        mu: float | None,
+    ) -> Plan:
+        """What a run of these steps needs, by the configuration as it is now: pipelines edit it after construction."""
+        config, path = self.config, self.path
+        kind = config["prediction_type"]
+        levels, times, ends = self._grid_for(path, num_inference_steps, timesteps, sigmas, mu)
+        plan = Plan(
+            path=path,
+            prediction=_EDM.get(kind, kind) if path.name == "edm" else kind,
+            method=self.method,
+            levels=levels,
+            times=times,
+            ends=ends,
+            start=imitation.start_scale(config, levels),
+            limit=clipping.limiter(config),
+            keyed=config["noise"] == "keyed",
+            debug=config["debug"],
+        )
+        if spec := imitation.solver_spec(config) if config["stock"] and config["solver"] is None else None:
+            orders = imitation.orders(config, len(times))
+            plan = replace(plan, orders=orders, uncorrected=spec["disable_corrector"])
+        return plan
+
+    def _grid_for(
+        self,
+        path: Path,
+        steps: int | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        mu: float | None,
+    ) -> tuple[Sequence[float], Sequence[float], Sequence[float] | None]:
+        """Exported levels (N + 1), model times (N), and where the steps end (N) if not at the next level."""
+        config, given = self.config, sigmas if sigmas is not None else timesteps
+        if self._grid is not None:
+            asked = steps if steps is not None else len(given) if given is not None else len(self._grid)
+            if asked != len(self._grid):
+                raise ValueError(
+                    f"{asked} steps asked for, but the grid has {len(self._grid)}; "
+                    f"pass num_inference_steps={len(self._grid)}, or clear it with set_grid(None)"
+                )
+            return self._laid(self._grid)
+        name = config["grid"]
+        if config["stock"] and (name is None or given is not None):
+            levels, times, ends = imitation.grid(config, steps, timesteps=timesteps, sigmas=sigmas, mu=mu)
+            return levels, times, ends if self.method.first_order else None
+        if given is not None:
+            return self._laid(_listed(path, steps, timesteps, sigmas, config["shift"]))
+        if steps is None:
+            raise ValueError(
+                "nothing says how many steps to take; pass num_inference_steps, timesteps or sigmas, or set a grid"
+            )
+        if name == "karras" or (name is None and path.name in ("ve", "edm")):
+            low, high = (0.002, 80.0) if path.name in ("ve", "edm") else _span(path)
+            low, high = config["sigma_min"] or low, config["sigma_max"] or high
+            return self._laid(Grid.karras(steps, low, high, path=path.name))
+        grid = Grid.uniform(steps, path)
+        if path.name != "flow":
+            return self._laid(grid)
+        if config["stock"]:  # the uniform grid before the class's own shift, which may depend on mu
+            return *imitation.levels(config, steps, sigmas=grid.sigmas[:-1], mu=mu), None
+        return self._laid(Grid.shifted(steps, config["shift"]))
+
+    def _laid(self, grid: Grid) -> tuple[Sequence[float], Sequence[float], None]:
+        path = self.path
+        return grid.sigmas, grid.timesteps or [path.time(path.at_level(v)) for v in grid.sigmas[:-1]], None
+
+
+def _imitated(spec: Mapping[str, Any], path: Path) -> Solver:
+    """The solver of a stock class: multistep methods as published, whatever form suits the path best."""
+    name, kind = spec["name"], spec["solver_type"]
+    if name in ("dpm++2m", "unipc"):
+        return replace(solvers.find(name), rule=_RULES[kind], order=spec["order"])
+    return solvers.solver(name, path)
+
+
+def _span(path: Path) -> tuple[float, float]:
+    """The model's own last and first levels, for a karras grid."""
+    if path.name == "vp":
+        return path.rhos[0], path.rhos[-1] if math.isfinite(path.rhos[-1]) else path.rhos[-2]
+    if path.name == "flow":
+        return 1.0 / path.num_train_timesteps, 1.0
+    return path.level(path.at_time(1.0)), path.level(path.at_time(path.num_train_timesteps - 1.0))
+
+
+def _listed(
+    path: Path, steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, shift: float
+) -> Grid:
+    """The grid of explicit lists on a scheduler that imitates none: model times as they are, sigmas before the shift."""
+    levels: list[float] = []
+    if sigmas is not None:
+        levels = [float(v) for v in sigmas]
+        if path.name == "flow":
+            levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
+    if timesteps is not None:
+        timed = [path.level(path.at_time(float(t))) for t in timesteps]
+        if levels and (len(levels) != len(timed) or max(abs(a - b) for a, b in zip(levels, timed, strict=True)) > 1e-4):
+            raise ValueError(f"sigmas {levels} and timesteps {list(timesteps)} disagree; pass one of the two")
+        levels = timed
+    if levels and levels[-1] > 0:
+        levels.append(0.0)
+    if steps is not None and len(levels) - 1 != steps:
+        raise ValueError(f"{steps} steps asked for, but {len(levels) - 1} levels are given; drop num_inference_steps")
+    return Grid(tuple(levels), path.name)

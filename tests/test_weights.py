@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowkit import weights
+
+
+def test_round_trip_and_replacement(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "w.safetensors"
+    for value in (1.0, 2.0):
+        weights.write(file, {"a": torch.full((2, 3), value), "b": torch.arange(4)}, {"note": str(value)})
+        tensors, metadata = weights.read(file)
+        assert torch.equal(tensors["a"], torch.full((2, 3), value))
+        assert tensors["b"].tolist() == [0, 1, 2, 3]
+        assert metadata == {"note": str(value)}
+    assert [p.name for p in file.parent.iterdir()] == ["w.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "w.safetensors"
+    weights.write(file, {"a": torch.ones(1)})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        weights.write(file, {"a": torch.zeros(1)})
+    assert weights.read(file)[0]["a"].item() == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 40, -1])
+def test_truncated_files_are_refused(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "w.safetensors"
+    weights.write(file, {"a": torch.ones(100)})
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="corrupt, cut short or not a safetensors"):
+        weights.read(file)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pkl", ".pt", ".pth", ".ckpt"])
+def test_pickles_are_refused_unread(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="pickled weight file"):
+        weights.read(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        weights.read(tmp_path / "none.safetensors")
