@@ -9,9 +9,13 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 
+# Two processes of one torch thread each: on two cores that takes little more than half the time of one process, and a second
+# torch thread gains next to nothing on models this small. A file stays in one process, so what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 help:
 	@echo "make demo    the demo, into flowkit-demo/ (ARGS=--fast for the short one; ARGS=--help for its options)"
-	@echo "make test    the tests (ARGS='-k grids' for some of them)"
+	@echo "make test    the tests (ARGS='-k grids' for some of them, ARGS='-n 0' for one process)"
 	@echo "make slow    the tests marked slow"
 	@echo "make lint    ruff: check and format"
 	@echo "make types   mypy: strict, package and tests"
@@ -22,10 +26,10 @@ demo: $(VENV)/.test
 	$(BIN)/flowkit demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest --run-slow -m slow $(ARGS)
+	$(PYTEST) --run-slow -m slow $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

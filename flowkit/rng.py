@@ -140,11 +140,16 @@ def normal(
 def sample_seed(seed: int, index: int) -> int:
     """Returns the 63-bit seed of the index-th sample of a run: what the harness gives to per-sample generators.
 
+    torch's CPU generator reads the low 32 bits alone, so these never repeat within a run of 2**32 samples.
+
     Args:
         seed: seed of the run, any integer, taken modulo 2**64.
         index: number of the sample, in [0, 2**64).
     """
-    low, high, _, _ = philox((index & _MASK, SEED, 0, (index >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
+    key = seed & _MASK, (seed >> 32) & _MASK
+    start, _, _, _ = philox((0, SEED, 1, 0), key)
+    high, _, _, _ = philox((index & _MASK, SEED, 0, (index >> 32) & _MASK), key)
+    low = (start + _WEYL[0] * index) & _MASK  # an odd factor: one to one modulo 2**32
     return low | (high & 0x7FFFFFFF) << 32
 
 

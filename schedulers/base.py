@@ -37,6 +37,7 @@ class Plan:
         orders: highest order of each step; None means the solver's.
         uncorrected: steps without corrector.
         start: what pure noise is multiplied with.
+        finish: what the last result is multiplied with, for a class that hands on another path's coordinates.
         limit: what is done to x0_hat, or None.
         keyed: noise from (seed, sample, step).
         debug: look for NaN after every step.
@@ -51,6 +52,7 @@ class Plan:
     orders: Sequence[int] | None = None
     uncorrected: Sequence[int] = ()
     start: float = 1.0
+    finish: float = 1.0
     limit: clipping.Limit | None = None
     keyed: bool = False
     debug: bool = False
@@ -68,6 +70,8 @@ class Plan:
             uncorrected=[i - begin for i in self.uncorrected],
             eta=eta,
         )
+        last, k = rows[-1], self.finish
+        rows[-1] = last._replace(a=k * last.a, b=tuple(k * b for b in last.b), c=k * last.c)
         return [row._replace(step=row.step + begin) for row in rows]
 
 
@@ -176,6 +180,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         other = copy.copy(self)
         other._restart()
         other._begin_index = None
+        if other._plan:
+            other._rows = other._plan.rows()
         return other
 
     def _restart(self) -> None:

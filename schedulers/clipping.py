@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,10 @@ def limiter(config: Mapping[str, Any]) -> Limit | None:
     """
     known = stock_classes.own(config) if config.get("stock") else {}
     if known.get("thresholding"):
-        ratio, most = known["dynamic_thresholding_ratio"], known["sample_max_value"]
-        return lambda x0: _threshold(x0, ratio, most)
+        return partial(_threshold, ratio=known["dynamic_thresholding_ratio"], most=known["sample_max_value"])
     if known.get("clip_sample"):
         bound = float(known.get("clip_sample_range", 1.0))
-        return lambda x0: x0.clamp(-bound, bound)
+        return partial(torch.clamp, min=-bound, max=bound)
     return None
 
 

@@ -154,18 +154,18 @@ class RectifiedFlowScheduler(TableScheduler):
         Raises:
             ValueError: where no stock class walks this path.
         """
-        ours = {k: self.config[k] for k in ("path", "prediction_type", "solver", "grid", "noise", "stock")}
-        values = {k: v for k, v in self.config.items() if not k.startswith("_") and k not in ours}
+        config = self.config
         makers = {"flow": "FlowMatchEulerDiscreteScheduler", "vp": "DDIMScheduler", "edm": "EDMEulerScheduler"}
-        name = self.config.stock or makers.get(self.config.path)
-        if name is None or (self.config.path == "vp" and self.config.prediction_type == "flow_prediction"):
+        name = config["stock"] or makers.get(config["path"])
+        if name is None or (config["path"] == "vp" and config["prediction_type"] == "flow_prediction"):
             raise ValueError(
-                f"no diffusers scheduler walks the path {self.config.path!r} with {self.config.prediction_type!r}; "
+                f"no diffusers scheduler walks the path {config['path']!r} with {config['prediction_type']!r}; "
                 "save with pipe.save_pretrained, which needs flowkit to load"
             )
-        keep = stock_classes.defaults(name)
-        values = {k: v for k, v in {**values, "prediction_type": self.config.prediction_type}.items() if k in keep}
-        return name, {**values, "flowkit": ours}
+        theirs = stock_classes.defaults(name)
+        values = {k: v for k, v in config.items() if k in theirs and (v is not None or theirs[k] is None)}
+        own = inspect.signature(type(self).__init__).parameters
+        return name, {**values, "flowkit": {k: config[k] for k in own if k in config and k not in values}}
 
     @property
     def path(self) -> Path:
@@ -238,6 +238,7 @@ class RectifiedFlowScheduler(TableScheduler):
             times=times,
             ends=ends,
             start=imitation.start_scale(config, levels),
+            finish=imitation.end_scale(config, levels),
             limit=clipping.limiter(config),
             keyed=config["noise"] == "keyed",
             debug=config["debug"],

@@ -23,6 +23,7 @@ from flowkit.schedulers.stock_spacing import Array, Config
 __all__ = [
     "CLASSES",
     "REFUSED",
+    "end_scale",
     "grid",
     "levels",
     "make_path",
@@ -148,6 +149,16 @@ def start_scale(config: Mapping[str, Any], levels: Sequence[float]) -> float:
         start = total if c["timestep_spacing"] == "leading" else highest
         return start if c["path"] == "edm" else 1.0 if start == total else start / total
     return total if c["path"] == "edm" else 1.0
+
+
+def end_scale(config: Mapping[str, Any], levels: Sequence[float]) -> float:
+    """Returns what the result is multiplied with to be the class's own: Euler and its kin hand on ``x0 + sigma eps``.
+
+    Args:
+        config: a configuration from `translate`, or a plain one.
+        levels: the grid in the convention of `levels`; the last is read.
+    """
+    return math.hypot(levels[-1], 1.0) if config.get("stock") in _VE_SAMPLES and config["path"] == "vp" else 1.0
 
 
 def _rhos(c: Config) -> Array:

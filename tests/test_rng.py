@@ -83,6 +83,8 @@ def test_seeds_of_samples_and_generators() -> None:
     seeds = [rng.sample_seed(0, i) for i in range(1000)]
     assert len(set(seeds)) == 1000
     assert all(0 <= s < 2**63 for s in seeds)
+    low = {rng.sample_seed(3, i) % 2**32 for i in range(100_000)}
+    assert len(low) == 100_000  # random ones would meet
     assert rng.sample_seed(0, 3) != rng.sample_seed(1, 3)
     one = torch.Generator().manual_seed(9)
     assert rng.keys(one, 3) == ([9, 9, 9], [0, 1, 2])

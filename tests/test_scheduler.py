@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"} | SD),
     *(("EulerDiscreteScheduler", {"timestep_spacing": s} | SD) for s in ("leading", "linspace", "trailing")),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"} | SD),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"} | SD),
     ("HeunDiscreteScheduler", SD),
     ("HeunDiscreteScheduler", {"clip_sample": True, "use_karras_sigmas": True} | SD),
     ("DPMSolverMultistepScheduler", SD),
@@ -69,12 +70,13 @@ def trajectories(stock: Any, steps: int, dtype: torch.dtype) -> float:
 
         def network(x: Tensor, row: Any = row, a: float = a, b: float = b) -> Tensor:
             x0, eps = model.posterior(x.double() * path.norm(row.s), row.s)
-            return (a * x0 + b * eps).to(x.dtype)
+            raw: Tensor = (a * x0 + b * eps).to(x.dtype)
+            return raw
 
         t = stock.timesteps[i]
         if hasattr(stock, "scale_model_input"):
             stock.scale_model_input(x_stock, t)
-        before, after = (alpha, path.alpha(row.t)) if ve else (1.0, 1.0)
+        before, after = (alpha, path.alpha(row.t)) if ve and i + 1 < len(ours._rows) else (alpha if ve else 1.0, 1.0)
         x_stock = stock.step(network(x_stock * before), t, x_stock, return_dict=False)[0]
         x_ours = ours.step(network(x_ours), ours.timesteps[i], x_ours, return_dict=False)[0]
         scale = max(1.0, x_ours.abs().max().item())
@@ -187,7 +189,7 @@ def test_set_grid_wins_over_what_pipelines_pass() -> None:
     grid = Grid((1.0, 0.8, 0.3, 0.0))
     scheduler.set_grid(grid)
     for arguments in ({"num_inference_steps": 3}, {}, {"sigmas": [1.0, 0.5, 0.1]}, {"timesteps": [900, 500, 20]}):
-        scheduler.set_timesteps(**arguments)  # type: ignore[arg-type]
+        scheduler.set_timesteps(**arguments)
         assert scheduler.sigmas.tolist() == pytest.approx(grid.sigmas)
         assert scheduler.timesteps.tolist() == pytest.approx([1000, 800, 300])
     with pytest.raises(ValueError, match="4 steps asked for, but the grid has 3"):
@@ -274,10 +276,10 @@ def test_per_token_times_move_each_token_to_its_own_next_level() -> None:
     x, raw = torch.randn(2, 2, 3, 5)
     times = torch.tensor([[1000.0, 750.0, 250.0], [600.0, 500.0, 0.0]])
     results = [s.step(raw, s.timesteps[0], x, per_token_timesteps=times, return_dict=False)[0] for s in (ours, stock)]
-    assert torch.allclose(*results, atol=1e-6)
+    assert torch.allclose(results[0], results[1], atol=1e-6)
+    fresh = RectifiedFlowScheduler()
+    fresh.set_timesteps(4)
     with pytest.raises(ValueError, match="per_token_timesteps need a first-order solver"):
-        fresh = RectifiedFlowScheduler()
-        fresh.set_timesteps(4)
         fresh.step(raw, fresh.timesteps[0], x, per_token_timesteps=times)
 
 

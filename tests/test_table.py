@@ -61,7 +61,8 @@ def sample(
         output: Tensor = model(x * path.input_scale(path.at_time(time)), time).sample
         return output
 
-    return table.solve(rows, y / path.norm(levels[0]), network) * path.norm(levels[-1])
+    end: Tensor = table.solve(rows, y / path.norm(levels[0]), network) * path.norm(levels[-1])
+    return end
 
 
 RK4 = Solver("rk4", "", gauge="flow", tableau=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))

@@ -20,6 +20,14 @@ def test_round_trip_and_replacement(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["w.safetensors"]
 
 
+def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
+    metadata = {f"key {i}": "ü" * i for i in range(20)}
+    for i in range(4):
+        weights.write(tmp_path / f"{i}", {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int64)}, metadata)
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(4)}) == 1
+    assert weights.read(tmp_path / "0")[1] == metadata
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "w.safetensors"
     weights.write(file, {"a": torch.ones(1)})

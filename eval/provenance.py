@@ -1,0 +1,76 @@
+"""What a figure was measured with, as plain values that JSON can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PACKAGES = ("flowkit-diffusion", "torch", "diffusers", "torch-fidelity", "numpy")
+
+
+def describe(value: Any) -> Any:  # noqa: ANN401
+    """Returns a value in JSON's terms: tensors, arrays and images by shape and hash, other objects by their class."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, (Path, torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Tensor):
+        # numpy has no bfloat16; float64 holds every float exactly.
+        value = value.detach().cpu().to(torch.float64 if value.is_floating_point() else value.dtype).numpy()
+    if isinstance(value, np.generic):
+        return describe(value.item())
+    if hasattr(value, "__array_interface__"):
+        array = np.ascontiguousarray(value)
+        return f"array {array.shape} {array.dtype} sha256 {hashlib.sha256(array.tobytes()).hexdigest()}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def hash_inputs(own: Callable[[int], Mapping[str, Any]], count: int) -> str:
+    """Returns the hash of the arguments of samples 0 ... count - 1."""
+    digest = hashlib.sha256()
+    for index in range(count):
+        digest.update(json.dumps(describe(own(index)), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Returns class, origin, dtype, device and scheduler of a pipeline; after a run, with the levels that were visited."""
+    scheduler = getattr(pipe, "scheduler", None)
+    levels = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
+    return {
+        "class": type(pipe).__qualname__,
+        "source": getattr(pipe, "name_or_path", None),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "scheduler": {
+            "class": type(scheduler).__qualname__,
+            "config": describe(dict(getattr(scheduler, "config", {}))),
+            **{name: describe(np.asarray(v).tolist()) for name, v in levels.items() if v is not None},
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of flowkit and of the libraries that touch the figures."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

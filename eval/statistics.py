@@ -1,0 +1,266 @@
+"""Mergeable statistics of features: count, mean and centred second moment, always in float64.
+
+Two sets with (n, m, M2) and (n', m', M2') and d = m' - m join into
+
+    n + n',   m + d n'/(n + n'),   M2 + M2' + d d^T n n'/(n + n')
+
+(Chan, Golub & LeVeque 1983, equations 2.1). Nothing large is subtracted, so a large common mean costs no digits and any split
+into batches, ranks or restarts gives the same numbers to a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowkit import weights
+
+Identity = Mapping[str, str]
+
+
+@dataclass(eq=False)
+class FeatureStats:
+    """Sufficient statistics of n feature vectors for the Frechet distance.
+
+    Attributes:
+        count: n. None where it is not known (a foreign npz); ``m2`` is then the covariance itself, and nothing can be added.
+        mean: float64 (d,).
+        m2: float64 (d, d), the sum of ``(x - mean)(x - mean)^T``.
+        identity: what made the features (`flowkit.eval.features.FeatureExtractor.identity`); None where it is not known.
+    """
+
+    count: int | None
+    mean: Tensor
+    m2: Tensor
+    identity: Identity | None = None
+
+    @classmethod
+    def empty(
+        cls, dim: int, identity: Identity | None = None, device: torch.device | str | None = None
+    ) -> FeatureStats:
+        """Returns the statistics of no features of dimension ``dim``."""
+        if dim < 1:
+            raise ValueError(f"features need at least one dimension, got dim={dim}")
+        zeros = torch.zeros(dim + 1, dim, dtype=torch.float64, device=device)
+        return cls(0, zeros[0].clone(), zeros[1:].clone(), identity)
+
+    @property
+    def dim(self) -> int:
+        """The dimension d of the features."""
+        return len(self.mean)
+
+    def update(self, features: Tensor) -> None:
+        """Adds a batch, in place.
+
+        Args:
+            features: (B, d), floating point; no rows change nothing.
+
+        Raises:
+            TypeError: for features that are not floating point.
+            ValueError: for another dimension, or features that are not finite; the statistics are then unchanged.
+        """
+        if not features.is_floating_point():
+            raise TypeError(f"features must be floating point, got {features.dtype}; convert with .float()")
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features must have shape (B, {self.dim}), got {tuple(features.shape)}")
+        x = features.detach().to(self.mean)
+        broken = ~x.isfinite().all(dim=1)
+        if broken.any():
+            raise ValueError(f"{int(broken.sum())} of {len(x)} feature vectors hold NaN or infinity (first: row "
+                             f"{int(broken.nonzero()[0])} of the batch); look at those images first")  # fmt: skip
+        if len(x):
+            mean = x.mean(dim=0)
+            self._add(len(x), mean, x - mean)
+
+    def merge(self, other: FeatureStats) -> None:
+        """Adds another set of features, in place; ``other`` is unchanged.
+
+        Raises:
+            ValueError: for another dimension or another extractor.
+        """
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge statistics of dimension {other.dim} into {self.dim}; use one extractor")
+        if other.identity != self.identity:
+            raise ValueError(f"cannot merge features of different extractors: {other.identity} into {self.identity}")
+        if other._known_count():
+            self._add(other._known_count(), other.mean.to(self.mean), self.mean.new_empty(0, self.dim))
+            self.m2 += other.m2.to(self.m2)
+
+    def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
+        own = self._known_count()
+        shift = mean - self.mean
+        rows = torch.cat([centred, shift[None] * math.sqrt(own * count / (own + count))])
+        self.m2.addmm_(rows.T, rows)
+        self.mean.add_(shift, alpha=count / (own + count))
+        self.count = own + count
+
+    def _known_count(self) -> int:
+        if self.count is None:
+            raise ValueError("statistics without a count cannot be added to or merged; make them again from the images")
+        return self.count
+
+    def covariance(self) -> Tensor:
+        """Returns the unbiased covariance, ``m2 / (n - 1)``, float64 (d, d).
+
+        Raises:
+            ValueError: for fewer than two features.
+        """
+        if self.count is None:
+            return self.m2
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}; add images")
+        return self.m2 / (self.count - 1)
+
+    def copy(self) -> FeatureStats:
+        """Returns an independent copy."""
+        return FeatureStats(self.count, self.mean.clone(), self.m2.clone(), self.identity)
+
+    def sha256(self) -> str:
+        """Returns the hash of count, mean and second moment: which statistics a figure was measured against."""
+        digest = hashlib.sha256(str(self.count).encode())
+        for tensor in (self.mean, self.m2):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a .safetensors file (tensors "mean" and "m2"; count, identity and torch version as metadata), atomically."""
+        metadata = {"format": "flowkit statistics", "count": json.dumps(self.count), "torch": str(torch.__version__)}
+        if self.identity is not None:
+            metadata["identity"] = json.dumps(dict(self.identity), sort_keys=True)
+        weights.write(path, {"mean": self.mean, "m2": self.m2}, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], prefix: str = "") -> FeatureStats:
+        """Reads what `save` wrote.
+
+        Args:
+            path: the .safetensors file.
+            prefix: what the tensors' names begin with, where one file holds several ("classifier." in the embedded ones).
+
+        Raises:
+            FileNotFoundError: where there is no file.
+            ValueError: for a file that is not one of statistics, or whose numbers cannot be a covariance.
+        """
+        tensors, metadata = weights.read(path)
+        try:
+            mean, m2 = tensors[f"{prefix}mean"], tensors[f"{prefix}m2"]
+            count = json.loads(metadata["count"])
+        except KeyError as missing:
+            raise ValueError(
+                f"{path} is not a file of statistics (no {missing}); make one with FeatureStats.save"
+            ) from None
+        mean, m2 = as_moments(mean, m2, f"{path}: ", "m2")
+        identity = json.loads(metadata["identity"]) if "identity" in metadata else None
+        return cls(count, mean, m2, identity)
+
+    def to_npz(self, path: str | PathLike[str]) -> None:
+        """Writes "mu" and "sigma" (float64) as pytorch-fid, clean-fid and EDM read them, and our count and identity beside."""
+        buffer = io.BytesIO()
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance().cpu().numpy()}
+        if self.count is not None:
+            arrays["count"] = np.array(self.count)
+        if self.identity is not None:
+            arrays["identity"] = np.array(json.dumps(dict(self.identity), sort_keys=True))
+        np.savez(buffer, allow_pickle=False, **arrays)
+        weights.write_bytes(path, buffer.getvalue())
+
+    @classmethod
+    def from_npz(cls, path: str | PathLike[str]) -> FeatureStats:
+        """Reads "mu" and "sigma" from an .npz file of pytorch-fid, clean-fid, EDM, ADM or `to_npz`; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: where there is no file.
+            ValueError: for a file without these arrays, one that holds Python objects, or numbers that cannot be a covariance.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no statistics at {path}; check the path")
+        arrays = _read_npz(path)
+        missing = {"mu", "sigma"} - arrays.keys()
+        if missing:
+            raise ValueError(f"{path} has no array {' or '.join(sorted(missing))} (found: {', '.join(sorted(arrays))}); "
+                             "FID statistics hold mu and sigma")  # fmt: skip
+        mean, sigma = as_moments(arrays["mu"], arrays["sigma"], f"{path}: ")
+        identity = json.loads(str(arrays["identity"])) if "identity" in arrays else None
+        if "count" not in arrays:
+            return cls(None, mean, sigma, identity)
+        count = int(arrays["count"])
+        return cls(count, mean, sigma * (count - 1), identity)
+
+
+def _read_npz(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+    wanted = ("mu", "sigma", "count", "identity")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name in wanted}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a plain .npz file of arrays ({error}); copy or make it again") from error
+
+
+def leave_one_out(chunks: Sequence[FeatureStats], rest: FeatureStats | None = None) -> Iterator[FeatureStats]:
+    """Yields, for each chunk, the statistics of ``rest`` and all other chunks.
+
+    Only sums, no differences, so each result stays positive semidefinite: each half of the chunks is done with the other half
+    added to ``rest``. That takes K log2 K merges and holds log2 K matrices beside the K given.
+    """
+    if len(chunks) == 1:
+        if rest is None:
+            raise ValueError("leaving one of 1 chunk out leaves nothing; make at least 2 chunks")
+        yield rest
+        return
+    half = len(chunks) // 2
+    for own, others in ((chunks[:half], chunks[half:]), (chunks[half:], chunks[:half])):
+        yield from leave_one_out(own, merged(others if rest is None else [rest, *others]))
+
+
+def merged(parts: Sequence[FeatureStats]) -> FeatureStats:
+    """Returns the statistics of all parts together, as a new object."""
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total.merge(part)
+    return total
+
+
+def as_moments(mean: Any, covariance: Any, source: str = "", name: str = "sigma") -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Returns a mean (d,) and a matrix (d, d), symmetric to rounding, in float64, after the checks that both need.
+
+    Args:
+        mean: tensor, array or list with d numbers; axes of length 1 are dropped.
+        covariance: the same with d * d numbers.
+        source: what an error begins with, e.g. the file's name.
+        name: what an error calls the matrix.
+
+    Raises:
+        TypeError: for complex numbers or objects.
+        ValueError: for shapes that do not fit, numbers that are not finite, or a matrix that is not symmetric.
+    """
+    # By way of numpy, since torch reads Python's floats as float32.
+    mu, sigma = (
+        (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).detach().squeeze()
+        for value in (mean, covariance)
+    )
+    if mu.is_complex() or sigma.is_complex():
+        raise TypeError(f"{source}mean and {name} must be real, got {mu.dtype} and {sigma.dtype}")
+    dim = mu.numel()
+    if mu.ndim > 1 or sigma.numel() != dim * dim or (dim > 1 and sigma.ndim != 2) or dim == 0:
+        raise ValueError(f"{source}a mean of shape (d,) and a {name} of shape (d, d) are needed, got {tuple(mu.shape)} and "
+                         f"{tuple(sigma.shape)}")  # fmt: skip
+    mu, sigma = mu.reshape(dim).to(torch.float64), sigma.reshape(dim, dim).to(torch.float64)
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"{source}mean or {name} holds NaN or infinity; make the statistics again")
+    asymmetry, size = float((sigma - sigma.T).abs().max()), float(sigma.abs().max())
+    if asymmetry > 1e-5 * size:
+        raise ValueError(f"{source}{name} is not symmetric (largest difference {asymmetry:.3g}, largest entry {size:.3g}); "
+                         "make the statistics again")  # fmt: skip
+    return mu, sigma

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
+from flowkit.distill import bellman
+from flowkit.distill.bellman import Costs, shortest_paths, uniform_path
+from flowkit.distill.record import Trajectory, recording
+from flowkit.pipelines.sampling import sample_images
+
+# ------------------------------------------------------------------------------------------------- the shortest path
+
+
+def best_path(costs: NDArray[np.float64], edges: int) -> tuple[float, int, tuple[int, ...]]:
+    """The least (cost, sum of squared lengths, nodes) over all paths, one by one."""
+    last = len(costs) - 1
+    found = []
+    for inner in itertools.combinations(range(1, last), edges - 1):
+        path = (0, *inner, last)
+        steps = list(itertools.pairwise(path))
+        cost = 0.0
+        for j, k in reversed(steps):  # in the order of the recursion, so that equal sums are equal bits
+            cost = costs[j, k] + cost
+        found.append((cost, sum((k - j) ** 2 for j, k in steps), path))
+    return min(found)
+
+
+@pytest.mark.parametrize("nodes", range(4, 10))
+@pytest.mark.parametrize("kind", ["random", "tied"])
+def test_every_path_is_the_best_of_all(nodes: int, kind: str) -> None:
+    draw = np.random.default_rng(nodes)
+    for _ in range(30):
+        costs = draw.random((nodes, nodes)) if kind == "random" else draw.integers(0, 3, (nodes, nodes)).astype(float)
+        costs = np.triu(costs, 1)
+        paths = shortest_paths(costs, range(1, nodes))
+        assert paths == {k: best_path(costs, k)[2] for k in range(1, nodes)}
+        assert paths[1] == (0, nodes - 1)
+        assert paths[nodes - 1] == tuple(range(nodes))
+
+
+def test_another_matrix_has_another_path() -> None:
+    # The negative control of the test above: it would not see a search that ignores the costs, or reads them transposed.
+    draw = np.random.default_rng(0)
+    differ = 0
+    for _ in range(30):
+        costs = np.triu(draw.random((9, 9)), 1)
+        path = shortest_paths(costs, [4])[4]
+        shuffled = costs.copy()
+        above = np.triu_indices(9, 1)
+        shuffled[above] = draw.permutation(costs[above])
+        differ += (path != shortest_paths(shuffled, [4])[4]) + (path != shortest_paths(costs[::-1, ::-1].T, [4])[4])
+        with pytest.raises(AssertionError):
+            assert shortest_paths(shuffled, range(1, 9)) == {k: best_path(costs, k)[2] for k in range(1, 9)}
+    assert differ > 50
+
+
+def test_ties_go_to_the_most_even_steps() -> None:
+    paths = shortest_paths(np.zeros((101, 101)), range(1, 101))
+    for count, path in paths.items():
+        lengths = np.diff(path).tolist()
+        assert (len(lengths), path[0], path[-1]) == (count, 0, 100)
+        assert lengths == sorted(lengths)  # the smaller ones first
+        assert lengths[-1] - lengths[0] <= 1
+    assert paths[4] == uniform_path(100, 4) == (0, 25, 50, 75, 100)
+
+
+@pytest.mark.parametrize("steps", [[], [0], [-1], [5], [2.0], [True], ["2"], 2, "2", None])
+def test_numbers_of_steps_are_checked(steps: Any) -> None:
+    with pytest.raises(ValueError, match="steps must be a list of whole numbers from 1 to 4"):
+        shortest_paths(np.zeros((5, 5)), steps)
+
+
+def test_costs_are_checked() -> None:
+    costs = np.zeros((4, 4))
+    costs[1, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        shortest_paths(costs, [2])
+    with pytest.raises(ValueError, match="square"):
+        shortest_paths(np.zeros((4, 3)), [2])
+
+
+# ------------------------------------------------------------------------------------------------- the cost matrix
+
+
+def fine_run(network: MixtureDenoiser, x: Tensor, anchors: int) -> tuple[Costs, Trajectory]:
+    """Empty costs for a network's path, and its fine trajectory from x."""
+    scheduler = RectifiedFlowScheduler(
+        path=network.path.name, prediction_type=network.prediction, trained_betas=network.config.betas, solver="euler"
+    )
+    scheduler.set_grid(Grid.uniform(anchors, network.path))
+    plan = scheduler.plan(anchors, None, None, None)
+    run = Trajectory([x])
+    for row in plan.rows():
+        run.outputs.append(network(run.states[-1], row.time).sample)
+        run.states.append(table.step(row, run.states[-1], run.outputs[-1])[0])
+    return Costs(plan, max(2, len(x))), run
+
+
+@functools.cache
+def gaussian(std: float, x: tuple[float, ...] = (1.0, 1.0), anchors: int = 100) -> Costs:
+    costs, run = fine_run(MixtureDenoiser.of(torch.zeros(1, 1), std), torch.tensor(x).double()[:, None], anchors)
+    costs.add(run.states, run.outputs)
+    return costs
+
+
+# 1-D Gaussian of standard deviation std, 100 anchors, x = 1, computed with another program.
+@pytest.mark.parametrize(
+    ("std", "count", "path", "cost"),
+    [
+        (0.5, 2, (0, 68, 100), 3.786e-2),
+        (0.5, 4, (0, 43, 66, 83, 100), 5.291e-3),
+        (0.5, 6, (0, 31, 51, 65, 77, 88, 100), 1.583e-3),
+        (0.1, 2, (0, 90, 100), 1.974e-3),
+        (0.1, 4, (0, 74, 88, 95, 100), 3.399e-4),
+        (0.1, 6, (0, 62, 80, 88, 93, 97, 100), 1.072e-4),
+    ],
+)
+def test_known_answers_of_a_gaussian(std: float, count: int, path: tuple[int, ...], cost: float) -> None:
+    costs = gaussian(std)
+    assert shortest_paths(costs.mean(), [count])[count] == path
+    assert costs.total(path)[0] == pytest.approx(cost, rel=5e-4)
+
+
+def test_properties_of_a_gaussians_costs() -> None:
+    half = gaussian(0.5)
+    mean = half.mean()
+    assert half.sums.diagonal(1, 1, 2).max() < 1e-28  # a fine step costs nothing
+    assert mean.tril().abs().max() == 0
+    assert half.total(range(101))[0] < 1e-28
+    assert half.total((0, 100))[0] == pytest.approx(float(mean[0, 100]))
+    paths = shortest_paths(mean, range(1, 100))
+    totals = [half.total(path)[0] for path in paths.values()]
+    assert all(a >= b for a, b in itertools.pairwise(totals))
+    draw = np.random.default_rng(0)
+    for count in (2, 4, 7):
+        inner = [sorted(draw.choice(np.arange(1, 100), count - 1, replace=False).tolist()) for _ in range(50)]
+        others = [uniform_path(100, count), *((0, *nodes, 100) for nodes in inner)]
+        assert all(half.total(paths[count])[0] <= half.total(other)[0] for other in others)
+
+
+def test_costs_are_means_over_samples() -> None:
+    draw = tuple(torch.randn(7, generator=torch.Generator().manual_seed(0)).tolist())
+    one, first = gaussian(0.5, anchors=20).mean(), gaussian(0.5, draw, 20).mean()
+    assert torch.allclose(first, gaussian(0.5, draw[::-1], 20).mean(), rtol=1e-12)
+    assert torch.allclose(first, gaussian(0.5, draw * 2, 20).mean(), rtol=1e-12)
+    assert torch.allclose(first, one * np.square(draw).mean(), rtol=1e-9)
+
+
+def test_batches_add_up() -> None:
+    network = MixtureDenoiser.of(torch.zeros(1, 1), 0.5)
+    x = torch.randn(20, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, run = fine_run(network, x, 10)
+    whole.add(run.states, run.outputs)
+    parts, _ = fine_run(network, x, 10)
+    for part in (slice(0, 5), slice(5, 6), slice(6, 20)):
+        parts.add([s[part] for s in run.states], [o[part] for o in run.outputs])
+    assert torch.allclose(parts.sums, whole.sums, rtol=1e-12)
+    assert torch.equal(parts.counts, whole.counts)
+    # A Gaussian's cost is c z^2, so its relative error is that of the mean of 20 squares.
+    squares = x.square().flatten()
+    cost, error = whole.total((0, 4, 10))
+    assert error / cost == pytest.approx(float(squares.std() / squares.mean() / 20**0.5))
+
+
+def test_costs_on_another_path_are_those_of_its_own_steps() -> None:
+    # x0 and eps in fixed proportion make a first-order path: DDIM is exact in any number of steps, Euler in x is not.
+    class Matched(MixtureDenoiser):
+        def posterior(self, x: Tensor, s: float, class_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            eps = x.double() / (0.5 * self.path.alpha(s) + self.path.sigma(s))
+            return 0.5 * eps, eps
+
+    betas = np.linspace(1e-4, 0.02, 1000).tolist()
+    start = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+    for network in (
+        Matched(shape=[1], path="vp", betas=betas),
+        Matched(shape=[1], path="cosine", prediction_type="v_prediction"),
+    ):
+        costs, run = fine_run(network, start, 40)
+        costs.add(run.states, run.outputs)
+        assert costs.sums.max() < 1e-25
+        middle = (run.states[0] + run.states[40]) / 2
+        assert (run.states[20] - middle).abs().max() > 1e-2  # no straight line in x
+        options = {"path": network.path.name, "prediction_type": network.prediction}
+        curved, run = fine_run(MixtureDenoiser.of(torch.zeros(1, 1), 0.5, **options), start, 40)
+        curved.add(run.states, run.outputs)
+        assert curved.mean()[0, 40] > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------- on pipelines
+
+
+def ddpm(clip: bool = True) -> diffusers.DDPMPipeline:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            add_attention=False,
+        )
+    return diffusers.DDPMPipeline(unet.eval(), diffusers.DDPMScheduler(clip_sample=clip))
+
+
+def last_states(pipe: Any, levels: Sequence[float], count: int, inputs: Any) -> Tensor:
+    """Where an Euler run on these levels ends, on the noise of `optimize_steps` with seed 0."""
+    scheduler = RectifiedFlowScheduler.from_config(pipe.scheduler, solver="euler")
+    scheduler.set_grid(Grid(tuple(levels), scheduler.path.name))
+    call = {"num_inference_steps": len(levels) - 1}
+    with recording(pipe, scheduler) as take:
+        list(sample_images(pipe, count, seed=rng.sample_seed(0, 2**63), inputs=inputs, call=call))
+    return take().states[-1]
+
+
+@pytest.mark.parametrize("name", ["digits", "ddpm", "ddpm, clipped"])
+def test_the_cost_of_one_step_is_its_error(name: str) -> None:
+    pipe: Any = load_demo() if name == "digits" else ddpm("clipped" in name)
+    inputs = [3, 7, 0] if name == "digits" else None
+    before = pipe.scheduler
+    grids = optimize_steps(pipe, [1, 3, 12], inputs=inputs, anchors=12, samples=5, batch_size=3, progress=False)
+    assert pipe.scheduler is before
+    assert list(grids) == [1, 3, 12]
+    for count, grid in grids.items():
+        assert (len(grid), grid.solver, grid.path) == (count, "euler", "flow" if name == "digits" else "vp")
+        assert set(grid.sigmas) <= set(grids[12].sigmas)
+        assert grid.about["cost"] <= grid.about["uniform_cost"]
+        assert grid.about["cost_se"] >= 0
+        assert Grid.from_dict(grid.to_dict()) == grid
+    fine = last_states(pipe, grids[12].sigmas, 5, inputs)
+    missed = (last_states(pipe, grids[1].sigmas, 5, inputs) - fine).flatten(1).square().sum(1)
+    about = grids[1].about
+    assert about["cost"] == about["uniform_cost"] == pytest.approx(float(missed.mean()), rel=1e-4)
+    assert about["cost_se"] == pytest.approx(float(missed.std() / 5**0.5), rel=1e-3)
+    assert grids[12].about["cost"] < 1e-6 * about["cost"]
+
+
+def test_a_search_does_not_see_the_noise_of_an_evaluation() -> None:
+    pipe = load_demo()
+    seen = []
+    scheduler = RectifiedFlowScheduler(solver="euler")
+    with recording(pipe, scheduler) as take:
+        for seed in (0, rng.sample_seed(0, bellman._SEARCH)):
+            list(sample_images(pipe, 2, seed=seed, inputs=[1], call={"num_inference_steps": 1}))
+            seen.append(take().states[0])
+    assert not torch.isclose(seen[0], seen[1]).any()
+
+
+def test_a_grid_runs_in_the_pipeline_that_it_was_made_for() -> None:
+    pipe = ddpm()
+    grid = optimize_steps(pipe, [3], anchors=6, samples=2, progress=False)[3]
+    pipe.scheduler = RectifiedFlowScheduler.from_config(pipe.scheduler.config, solver="euler")
+    pipe.scheduler.set_grid(grid)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(num_inference_steps=3, output_type="np")
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(grid.sigmas)
+
+
+def test_the_pipelines_scheduler_is_back_after_an_error() -> None:
+    pipe = load_demo()
+    before, calls = pipe.scheduler, itertools.count()
+
+    def fail(*args: Any) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    handle = pipe.unet.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimize_steps(pipe, [2], inputs=[1], anchors=5, samples=2, progress=False)
+    handle.remove()
+    assert pipe.scheduler is before
+    assert next(calls) == 4
+    assert pipe(class_labels=[1], num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+def test_a_sample_that_is_changed_between_steps_is_noticed() -> None:
+    def nudge(pipe: Any, step: int, time: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": state["latents"] + 0.01 * (step == 1)}
+
+    call = {"callback_on_step_end": nudge}
+    with pytest.raises(ValueError, match="changes the sample after step 2"):
+        optimize_steps(load_demo(), [2], inputs=[1], call=call, anchors=5, samples=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": [101]}, "from 1 to 100"),
+        ({"steps": []}, "steps must be a list"),
+        ({"method": "evolve"}, "unknown method 'evolve'; choose bellman"),
+        ({"objective": "final"}, "unknown objective 'final' of bellman; choose local"),
+        ({"anchors": 0}, "anchors=0"),
+        ({"samples": 1}, "samples=1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"call": {"num_inference_steps": 4}}, "num_inference_steps cannot be in call"),
+        ({"call": {"steps": 4}}, "takes no steps"),
+        ({"inputs": None}, "pass inputs="),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(arguments: dict[str, Any], message: str) -> None:
+    pipe = load_demo()
+    pipe.unet = None
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimize_steps(pipe, **{"steps": [2], "inputs": [1], "progress": False, **arguments})
