@@ -1,0 +1,89 @@
+"""The command line, ``flowkit COMMAND``.
+
+Commands are declared here and carried out elsewhere: a command's module, and torch with it, is imported when the command runs,
+so that ``--help`` and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.core import TyperGroup
+
+# What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into one line and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        """Runs the command: exit code 2 on a user's error, 130 when interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has left (`| head`), which is not an error of ours
+            raise
+        except _USER_ERRORS as error:
+            if ctx.params["show_traceback"]:
+                traceback.print_exc()
+            typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="More quality per network evaluation from diffusion and flow models of diffusers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import flowkit
+
+        typer.echo(f"flowkit {flowkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the full traceback of an error, not its one line alone.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("demo")
+def _demo(
+    data: Annotated[
+        Literal["digits", "shapes"],
+        typer.Option(help="Embedded model: real handwritten digits (8x8, grey) or drawn shapes (16x16, colour)."),
+    ] = "digits",
+    output: Annotated[
+        Path, typer.Option(help="Folder for the pictures, results.json and report.html; made if missing.")
+    ] = Path("flowkit-demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="About 30 seconds: fewer images and training steps.")] = False,
+    samples: Annotated[int, typer.Option(help="Images sampled for each row of the table.", metavar="N")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of all noise, the same for every row.", metavar="N")] = 0,
+) -> None:
+    """Swap the scheduler, optimise steps, distil a one-step student, and measure each of them."""
+    from flowkit.cli.demo import run
+
+    run(data=data, output=output, fast=fast, samples=samples, seed=seed)
+
+
+def main() -> None:
+    """Runs the command line on ``sys.argv``; the entry point of the ``flowkit`` script."""
+    app(prog_name="flowkit")
