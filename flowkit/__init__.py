@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from flowkit.schedulers import RectifiedFlowScheduler as RectifiedFlowScheduler
     from flowkit.schedulers import save_pretrained as save_pretrained
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "ClassConditionalPipeline": "flowkit.pipelines",
     "Grid": "flowkit.grids",
@@ -43,10 +45,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _FOLDERS:
         return importlib.import_module(f"flowkit.{name}")
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("flowkit-diffusion")
     raise AttributeError(f"module 'flowkit' has no attribute {name!r}")
 
 

@@ -203,7 +203,8 @@ def provenance(row: Row) -> dict[str, Any]:
     if row.result is None:
         return {}
     spec = row.result.spec
-    return {key: spec[key] for key in ("samples", "pipeline", "features")}
+    pipeline = {key: value for key, value in spec["pipeline"].items() if key != "source"}  # a path of this machine
+    return {"samples": spec["samples"], "pipeline": pipeline, "features": spec["features"]}
 
 
 HEADER = ("", "steps", "calls", "FD", "FD (pixels)", "time")
