@@ -14,6 +14,8 @@ from flowkit.paths import Path
 from flowkit.schedulers import stock_classes
 
 Limit = Callable[[Tensor], Tensor]
+# These have the keys, clip_sample on by default, but their step does not read them.
+_IGNORED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "TCDScheduler")
 
 
 def limiter(config: Mapping[str, Any]) -> Limit | None:
@@ -22,7 +24,7 @@ def limiter(config: Mapping[str, Any]) -> Limit | None:
     ``thresholding`` is the dynamic one of Saharia et al. 2022 (section 2.3), ``clip_sample`` a plain clamp. Only keys that the
     imitated class knows count: left-overs of another class in its file have no effect there either.
     """
-    known = stock_classes.own(config) if config.get("stock") else {}
+    known = stock_classes.own(config) if config.get("stock") and config["stock"] not in _IGNORED else {}
     if known.get("thresholding"):
         return partial(_threshold, ratio=known["dynamic_thresholding_ratio"], most=known["sample_max_value"])
     if known.get("clip_sample"):

@@ -1,4 +1,4 @@
-"""The solver that a scheduler class of diffusers (0.42) runs: which one, in which order at each step, and what it does to x0."""
+"""The solver that a scheduler class of diffusers (0.42) runs: which one, and in which order at each step."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from flowkit.schedulers.stock_classes import own
-from flowkit.schedulers.stock_spacing import Config
 
-# class -> (solver, what x0 goes through: the keys that say so, in the order of precedence)
-_SOLVERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    "DDIMScheduler": ("euler", ("thresholding", "clip_sample")),
-    "DDIMParallelScheduler": ("euler", ("thresholding", "clip_sample")),
-    "CogVideoXDDIMScheduler": ("euler", ()),
-    "EulerDiscreteScheduler": ("euler", ()),
-    "EDMEulerScheduler": ("euler", ()),
-    "FlowMatchEulerDiscreteScheduler": ("euler", ()),
-    "LTXEulerAncestralRFScheduler": ("euler", ()),
-    "HeliosScheduler": ("euler", ()),
-    "HeunDiscreteScheduler": ("heun", ("clip_sample",)),
-    "FlowMatchHeunDiscreteScheduler": ("heun", ()),
-    "DPMSolverMultistepScheduler": ("dpm++2m", ("thresholding",)),
-    "EDMDPMSolverMultistepScheduler": ("dpm++2m", ("thresholding",)),
-    "UniPCMultistepScheduler": ("unipc", ("thresholding",)),
+_SOLVERS: Final[dict[str, str]] = {
+    "DDIMScheduler": "euler",
+    "DDIMParallelScheduler": "euler",
+    "CogVideoXDDIMScheduler": "euler",
+    "EulerDiscreteScheduler": "euler",
+    "EDMEulerScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "LTXEulerAncestralRFScheduler": "euler",
+    "HeliosScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "EDMDPMSolverMultistepScheduler": "dpm++2m",
+    "UniPCMultistepScheduler": "unipc",
 }
 # What else the configuration must say for the solver to be that one.
 _PROVIDED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
@@ -33,7 +31,6 @@ _PROVIDED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "LTXEulerAncestralRFScheduler": {"eta": (0,)},
     "HeliosScheduler": {"scheduler_type": ("euler",)},
 }
-_ETA: Final = ("DDIMScheduler", "DDIMParallelScheduler")
 
 
 def solver_spec(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -48,18 +45,13 @@ def solver_spec(config: Mapping[str, Any]) -> dict[str, Any] | None:
         - ``name``: "euler", "heun", "dpm++2m" or "unipc";
         - ``order``: 1 or 2; `orders` has it step by step;
         - ``solver_type``: "midpoint" or "heun" of dpm++2m, "bh1" or "bh2" of unipc, otherwise None;
-        - ``disable_corrector``: steps whose result UniPC does not correct;
-        - ``eta``: whether ``step`` takes eta (Song et al. 2021, equation 16);
-        - ``clip``: None, ``{"kind": "clip", "range": r}``, or ``{"kind": "threshold", "ratio": q, "max": m}`` (Saharia et al.
-          2022, section 2.3), what x0 goes through;
-        - ``keep_eps``: with a clipped x0, whether eps stays as predicted (DDIM) or follows from x0.
+        - ``disable_corrector``: steps whose result UniPC does not correct.
     """
     c = own(config)
     stock = c["stock"]
     if stock not in _SOLVERS or any(c[k] not in allowed for k, allowed in _PROVIDED.get(stock, {}).items()):
         return None
-    name, clips = _SOLVERS[stock]
-    solver_type = None
+    name, solver_type = _SOLVERS[stock], None
     if name in ("dpm++2m", "unipc"):
         own_types = ("midpoint", "heun") if name == "dpm++2m" else ("bh2", "bh1")
         solver_type = c["solver_type"] if c["solver_type"] in own_types else own_types[0]
@@ -68,9 +60,6 @@ def solver_spec(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "order": c["solver_order"] if solver_type else 2 if name == "heun" else 1,
         "solver_type": solver_type,
         "disable_corrector": list(c.get("disable_corrector", ())),
-        "eta": stock in _ETA,
-        "clip": _clip(c, clips),
-        "keep_eps": stock in _ETA,
     }
 
 
@@ -107,7 +96,7 @@ def orders(config: Mapping[str, Any], n: int) -> list[int]:
             grown = [i % order + 1 for i in range(n)]
             if zero or (lower and n % order == 0):
                 grown[-1] = 1
-        case _ if _SOLVERS.get(stock, ("",))[0] == "heun":
+        case _ if _SOLVERS.get(stock) == "heun":
             grown = [2] * (n - 1) + [1]
         case _ if stock not in _SOLVERS:
             raise ValueError(f"{stock} has no list of orders; choose a solver")
@@ -119,10 +108,3 @@ def _lower(orders: list[int], few: bool, last: bool) -> None:
         orders[-2] = min(orders[-2], 2)
     if few or last:
         orders[-1] = 1
-
-
-def _clip(c: Config, keys: tuple[str, ...]) -> dict[str, Any] | None:
-    key = next((k for k in keys if c[k]), None)
-    if key == "thresholding":
-        return {"kind": "threshold", "ratio": c["dynamic_thresholding_ratio"], "max": c["sample_max_value"]}
-    return {"kind": "clip", "range": c["clip_sample_range"]} if key else None

@@ -24,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("DDIMScheduler", {"prediction_type": p} | SD) for p in ("epsilon", "sample", "v_prediction")),
     ("DDIMScheduler", {"thresholding": True, "clip_sample": False, "sample_max_value": 2.0} | SD),
     ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"} | SD),
+    ("CogVideoXDDIMScheduler", {"prediction_type": "v_prediction"}),
     *(("EulerDiscreteScheduler", {"timestep_spacing": s} | SD) for s in ("leading", "linspace", "trailing")),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"} | SD),
     ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"} | SD),
@@ -254,6 +255,21 @@ def test_edits_of_the_configuration_after_construction_count() -> None:
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
     assert ours._plan is not None
     assert ours._plan.limit is None
+
+
+def test_only_keys_that_the_class_reads_limit_x0() -> None:
+    for name, options, limited in (
+        ("DDIMScheduler", {}, True),
+        ("DDIMScheduler", {"clip_sample": False}, False),
+        ("CogVideoXDDIMScheduler", {"clip_sample": True}, False),
+        ("TCDScheduler", {"clip_sample": True, "thresholding": True}, False),
+        ("EulerDiscreteScheduler", {"clip_sample": True}, False),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, True),
+    ):
+        ours = RectifiedFlowScheduler.from_config({"_class_name": name, **options}, solver="euler")
+        ours.set_timesteps(3)
+        assert ours._plan is not None
+        assert bool(ours._plan.limit) is limited, name
 
 
 def test_noising_is_the_path() -> None:
