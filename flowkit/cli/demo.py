@@ -222,7 +222,9 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def terminal_table(rows: list[Row]) -> Table:
     """The table for the terminal."""
-    table = Table(*HEADER, title="calls: network evaluations for one image; lower FD is better", box=box.SIMPLE)
+    table = Table(
+        *HEADER, title="calls: network evaluations for one image; lower FD is better", box=box.SIMPLE, pad_edge=False
+    )
     for column in table.columns:
         column.no_wrap = True
     for column in table.columns[1:]:
