@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from flowkit import rng, table
 from flowkit.paths import Path
-from flowkit.schedulers import clipping
+from flowkit.schedulers import clipping, variances
 from flowkit.solvers import Solver
 from flowkit.table import Row
 
@@ -36,6 +36,10 @@ class Plan:
         ends: N levels where the steps end, for a class whose steps do not end at the next call's level; None means levels[1:].
         orders: highest order of each step; None means the solver's.
         uncorrected: steps without corrector.
+        eta: level of the solver's own noise; None means 1 for a stochastic solver, 0 for others.
+        churned: whether noise leads from the end of each step to the next level (see `flowkit.table.build`).
+        s_noise: factor on the noise.
+        variance: of the noise of ancestral steps (see `flowkit.schedulers.variances`); None means their own.
         start: what pure noise is multiplied with.
         finish: what the last result is multiplied with, for a class that hands on another path's coordinates.
         limit: what is done to x0_hat, or None.
@@ -51,6 +55,10 @@ class Plan:
     ends: Sequence[float] | None = None
     orders: Sequence[int] | None = None
     uncorrected: Sequence[int] = ()
+    eta: float | None = None
+    churned: bool = False
+    s_noise: float = 1.0
+    variance: str | None = None
     start: float = 1.0
     finish: float = 1.0
     limit: clipping.Limit | None = None
@@ -58,7 +66,12 @@ class Plan:
     debug: bool = False
 
     def rows(self, begin: int = 0, eta: float = 0.0) -> list[Row]:
-        """The table from grid step ``begin`` on: the bootstrap belongs to the first executed row."""
+        """The table from grid step ``begin`` on: the bootstrap belongs to the first executed row.
+
+        Args:
+            begin: number of the first step.
+            eta: level of the noise where ``step`` asks for some; 0 means the plan's own.
+        """
         rows = table.build(
             self.method,
             self.path,
@@ -68,8 +81,12 @@ class Plan:
             ends=None if self.ends is None else [self.path.at_level(v) for v in self.ends[begin:]],
             orders=None if self.orders is None else self.orders[begin:],
             uncorrected=[i - begin for i in self.uncorrected],
-            eta=eta,
+            eta=eta or self.eta,
+            churned=self.churned,
+            s_noise=self.s_noise,
         )
+        if self.variance:
+            rows = [variances.fixed(self.variance, self.path, row) for row in rows]
         last, k = rows[-1], self.finish
         rows[-1] = last._replace(a=k * last.a, b=tuple(k * b for b in last.b), c=k * last.c)
         return [row._replace(step=row.step + begin) for row in rows]
@@ -135,7 +152,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         rows = plan.rows()
         self._plan, self._rows, self._begin_index = plan, rows, None
         self._restart()
-        self.num_inference_steps = len(plan.times)
+        self.num_inference_steps = num_inference_steps or len(plan.times)
         levels = [plan.path.level(row.s) for row in rows] + [plan.levels[-1]]
         self.timesteps = torch.tensor([row.time for row in rows], dtype=torch.float32, device=device)
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
@@ -245,20 +262,24 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         per_token_timesteps: Tensor | None = None,
+        s_churn: float = 0.0,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Applies the next row of the table.
 
         Args:
-            model_output: the network's output, shape (B, C, ...), or (B, 2C, ...) with learned variance, which is dropped.
+            model_output: the network's output, shape (B, C, ...), or (B, 2C, ...) with learned variance, which is dropped unless
+                ancestral steps take it (``variance_type``).
             timestep: the current one; read at the first step only.
             sample: shape (B, C, ...). Edits of it between steps are kept.
-            eta: noise of the first-order solver in [0, 1], 0 being deterministic, 1 ancestral (DDIM's eta).
+            eta: noise of a one-step solver in [0, 1], 1 being ancestral (DDIM's eta); 0 means the solver's own, which is none but
+                for stochastic ones.
             generator: for the noise.
             variance_noise: the noise itself, instead of drawing it.
             per_token_timesteps: model time of every token, shape (B, tokens), for samples of shape (B, tokens, channels): each
                 token moves on to the next lower level of the grid. As in diffusers' flow-match Euler, the output is then taken as
-                x0 - eps. First-order solvers on the flow path only.
+                x0 - eps. Deterministic first-order solvers on the flow path only.
+            s_churn: refused unless 0: churn changes the levels of the calls, so it belongs to the constructor.
             return_dict: whether to return an output object or a tuple.
 
         Returns:
@@ -268,21 +289,26 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             ValueError: before `set_timesteps`, after the last step, for shapes that differ, for eta or per-token times with a
                 solver that has no such step, and with ``debug`` for a result that is not finite.
         """
+        if s_churn:
+            raise ValueError(f"step(s_churn={s_churn:g}) comes too late, it raises the levels of the calls before they are made; "
+                             "set it at construction, with solver='edm'")  # fmt: skip
         index = self._step_index
         if index is None or eta != self._eta:
             index = self._start(timestep, eta)
         plan = self._plan
         if plan is None or index >= len(self._rows):
             raise ValueError(f"all {len(self._rows)} steps are done; call set_timesteps for another run")
-        row, x, raw = self._rows[index], sample, _without_variance(model_output, sample)
+        row, x, (raw, variance) = self._rows[index], sample, variances.split(model_output, sample)
         if per_token_timesteps is not None:
-            result = self._per_token(plan, raw, x, per_token_timesteps)
+            result = self._per_token(plan, row, raw, x, per_token_timesteps)
         else:
             if plan.limit:
                 # DDIM keeps eps; what interpolates x0 takes eps anew from the sample.
                 keep = plan.method.first_order and plan.method.gauge != "x0"
                 x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, row.s, x, raw, keep_eps=keep)
             noise = self._noise(plan, raw, index, generator, variance_noise) if row.c else None
+            if noise is not None and plan.variance:
+                noise = variances.scaled(plan.variance, plan.path, row, noise, variance)
             result, self._history = table.step(row, x, raw, self._history, noise)
         result = result.to(model_output.dtype)
         self._step_index = index + 1
@@ -303,12 +329,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         drawn: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=raw.dtype)
         return drawn
 
-    def _per_token(self, plan: Plan, raw: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+    def _per_token(self, plan: Plan, row: Row, raw: Tensor, sample: Tensor, times: Tensor) -> Tensor:
         """Euler with a level for each token."""
-        if plan.path.name != "flow" or not plan.method.first_order:
+        if plan.path.name != "flow" or not plan.method.first_order or row.c:
             raise ValueError(
-                f"per_token_timesteps need a first-order solver on the flow path, this is {plan.method.name!r} on "
-                f"{plan.path.name!r}; use solver='euler'"
+                f"per_token_timesteps need a first-order solver without noise on the flow path, this is "
+                f"{plan.method.name!r} on {plan.path.name!r}; use solver='euler'"
             )
         now = (times / len(self)).unsqueeze(-1)
         levels = self.sigmas.to(now.device).view(-1, *[1] * now.ndim)
@@ -348,16 +374,3 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             noise: eps, same shape as the sample; None draws it.
         """
         return self.add_noise(sample, torch.randn_like(sample) if noise is None else noise, timestep)
-
-
-def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
-    """The output without the channels of a learned variance."""
-    if output.shape == sample.shape:
-        return output
-    twice = sample.ndim > 1 and output.shape == (len(sample), 2 * sample.shape[1], *sample.shape[2:])
-    if not twice:
-        raise ValueError(
-            f"a model output of shape {tuple(output.shape)} does not fit a sample of shape {tuple(sample.shape)}; "
-            "they must be equal, or the output have twice the channels (learned variance)"
-        )
-    return output[:, : sample.shape[1]]
