@@ -51,7 +51,7 @@ def own_solver(config: Mapping[str, Any]) -> Solver | None:
         case "KDPM2DiscreteScheduler":
             return replace(find("dpm++2s"), name="dpm2", gauge="eps")
         case "KDPM2AncestralDiscreteScheduler":
-            return replace(find("dpm++2s"), name="dpm2", gauge="eps", noise="ancestral", accuracy=1)
+            return replace(find("dpm++2s"), name="dpm2", gauge="eps", noise="ancestral")
         case "PNDMScheduler" if c["skip_prk_steps"] and c["timestep_spacing"] == "leading" and _predicts_eps(c):
             # Liu et al. 2022, equation 12, whose first step is made twice.
             return Solver("plms", 2, "eps", "index", order=4, corrector=True)
