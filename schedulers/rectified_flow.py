@@ -155,7 +155,9 @@ class RectifiedFlowScheduler(TableScheduler):
             values = {k: v for k, v in config.items() if not k.startswith("_")}
         else:
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
-            if kwargs.get("solver"):
+            if not kwargs.get("solver"):
+                stock_classes.check_told(config)
+            else:
                 values = {k: v for k, v in values.items() if k not in _OWN_NOISE}
             values |= values.pop("flowkit", {})
         known = own | set(stock_classes.defaults(values["stock"]) if values.get("stock") else ())

@@ -278,6 +278,13 @@ def test_configuration_in_memory_names_its_class_by_its_keys() -> None:
         assert "_class_name" not in stock.config
         ours = RectifiedFlowScheduler.from_config(stock.config)
         assert ours.config["stock"] == type(stock).__name__
+    lms = diffusers.LMSDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match=r"LMSDiscreteScheduler or KDPM2Discrete.*; pass the scheduler itself, or solver="
+    ):
+        RectifiedFlowScheduler.from_config(lms.config)
+    assert RectifiedFlowScheduler.from_config(lms).method.name == "lms"
+    assert RectifiedFlowScheduler.from_config(lms.config, solver="heun").config["path"] == "vp"
     for stock in (diffusers.TCDScheduler(), diffusers.LCMScheduler(), diffusers.CogVideoXDPMScheduler()):
         with pytest.raises(ValueError, match="pass solver="):
             RectifiedFlowScheduler.from_config(stock.config)

@@ -38,7 +38,8 @@ pytestmark = [
 Config = dict[str, Any]
 Case = tuple[str, str, Config]  # family, stock class, configuration
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD = {**BETAS, "steps_offset": 1}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 X0 = {"prediction_type": "sample"}  # what the tiny networks say of x0 stays in range, so that few pixels are clamped
 V = {"prediction_type": "v_prediction"}
@@ -46,6 +47,7 @@ DDIM, EULER, HEUN = "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteSche
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 MATCH, MATCH_HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 MULTISTEP = (DPM, UNIPC)
+KDPM2A = diffusers.KDPM2AncestralDiscreteScheduler
 SD_CLASSES = (DDIM, EULER, HEUN, *MULTISTEP)
 # Whose solver is no table of ours, or not with the default configuration.
 OTHERS = {
@@ -77,8 +79,22 @@ PARITY: list[Case] = [
     ("sd15", DPM, {**SD, "solver_type": "heun", "final_sigmas_type": "sigma_min"}),
     ("sd15", UNIPC, {**SD, "solver_type": "bh1", "final_sigmas_type": "sigma_min", "disable_corrector": [0]}),
     *(("sd15-img2img", name, {**SD, **V}) for name in SD_CLASSES),
+    (
+        "sd15",
+        "PNDMScheduler",
+        {**SD, "skip_prk_steps": True, "set_alpha_to_one": False},
+    ),  # as Stable Diffusion 1.5 comes
+    *(("sd15", f"{k}DiscreteScheduler", SD) for k in ("EulerAncestral", "LMS", "KDPM2", "KDPM2Ancestral")),
+    ("sd15", "DDPMScheduler", {**SD, **V, "clip_sample": False, "timestep_spacing": "trailing"}),
+    ("sd15", "DPMSolverSinglestepScheduler", {**BETAS, **V, "solver_order": 3}),
+    ("sd15", "DEISMultistepScheduler", {**SD, **V}),
+    ("sd15", DPM, {**SD, **V, "algorithm_type": "sde-dpmsolver++"}),
+    *(("sd15", name, {**SD, **V, "solver_order": 3}) for name in MULTISTEP),
+    *(("sd15-img2img", f"{k}DiscreteScheduler", {**SD, **V}) for k in ("EulerAncestral", "KDPM2")),
+    ("ddpm", "DDPMScheduler", {**X0, "variance_type": "fixed_large"}),
     ("ddpm", DDIM, {**X0, "clip_sample": True}),
     ("ddpm", DPM, V),
+    ("sd3", "DPMSolverSinglestepScheduler", FLOW),
     ("ddpm", MATCH, {"shift": 3.0}),
     ("dit", DDIM, {**V, "clip_sample": False}),
     *(("dit", name, {}) for name in MULTISTEP),
@@ -105,6 +121,7 @@ MORE: list[Case] = [
     ("sd15", "EDMEulerScheduler", {}),
     ("sd15", "EDMDPMSolverMultistepScheduler", {}),
     *(("sd15-img2img", name, {**SD, "timestep_spacing": s}) for name in SD_CLASSES for s in SPACINGS),
+    ("sd3", "DEISMultistepScheduler", FLOW),
     ("ddpm", DDIM, {**X0, "timestep_spacing": "trailing"}),
     ("ddpm", DPM, {**V, "use_karras_sigmas": True}),
     *(("sd3", MATCH, {f"use_{k}_sigmas": True, "shift": 3.0}) for k in ("karras", "exponential")),
@@ -134,7 +151,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 def swapped(pipe: Any, **knobs: Any) -> Any:
     """The pipeline itself, with our scheduler from the configuration of the one that it has."""
-    pipe.scheduler = RectifiedFlowScheduler.from_config(pipe.scheduler.config, **knobs)
+    told_apart = not isinstance(
+        pipe.scheduler, diffusers.LMSDiscreteScheduler | diffusers.KDPM2DiscreteScheduler | KDPM2A
+    )
+    pipe.scheduler = RectifiedFlowScheduler.from_config(
+        pipe.scheduler.config if told_apart else pipe.scheduler, **knobs
+    )
     return pipe
 
 
