@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
@@ -95,7 +96,8 @@ class Plan:
 class TableScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler whose every step is one row of a table; subclasses say which, in `plan`."""
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    # Without those for which diffusers has only a stand-in, for want of a package.
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers if not hasattr(getattr(diffusers, e.name), "_backends")]  # noqa: RUF012
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
@@ -161,6 +163,20 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         """Network calls of a full step, by which pipelines slice ``timesteps``."""
         return self.method.stages
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 at the discrete times of the VP path, float32 on the CPU, for code that looks them up; no attribute elsewhere."""
+        rhos = torch.tensor(self.path.rhos, dtype=torch.float64)
+        if not len(rhos):
+            raise AttributeError(f"the path {self.path.name!r} has no alphas_cumprod")
+        return (1.0 / (1.0 + rhos.square())).float()
+
+    @property
+    def betas(self) -> Tensor:
+        """The training betas of the VP path, float32 on the CPU; no attribute elsewhere."""
+        bar = self.alphas_cumprod.double()
+        return (1.0 - torch.cat([bar[:1], bar[1:] / bar[:-1]])).float()
 
     @property
     def init_noise_sigma(self) -> float:
@@ -249,9 +265,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._plan is None or self._plan.path.name != "edm":
             return sample
         at = self._step_index if self._step_index is not None else self._begin_index
-        if at is None:
-            at = 0 if timestep is None else self.index_for_timestep(timestep)
-        return sample * self._plan.path.input_scale(self._rows[at].s)
+        if at is not None or timestep is None:
+            return sample * self._plan.path.input_scale(self._rows[at or 0].s)
+        return sample * self._plan.path.input_scale(self._plan.path.at_time(float(timestep)))
 
     def step(
         self,

@@ -110,9 +110,8 @@ class RectifiedFlowScheduler(TableScheduler):
             raise ValueError(f"unknown grid {grid!r}; choose 'uniform' or 'karras', or pass a Grid")
         if not shift > 0:
             raise ValueError(f"shift must be a positive number, got {shift}; 1 means none")
-        self.register_to_config(
-            prediction_type=prediction_type, grid=grid.to_dict() if isinstance(grid, Grid) else grid
-        )
+        known = {"path": path, "prediction_type": prediction_type}
+        self._register(**known, grid=grid.to_dict() if isinstance(grid, Grid) else grid)
         if solver is not None:
             solvers.find(solver)
         self._grid = grid if isinstance(grid, Grid) else None
@@ -153,6 +152,12 @@ class RectifiedFlowScheduler(TableScheduler):
         own = set(inspect.signature(cls.__init__).parameters) - {"self"}
         if config.get("_class_name") == cls.__name__ or own <= set(config):
             values = {k: v for k, v in config.items() if not k.startswith("_")}
+            if config.get("_class_name") == cls.__name__:  # what a file says of its origin stays
+                values |= {k: config[k] for k in ("_class_name", "_diffusers_version") if k in config}
+        elif "path" in config and not config.get(
+            "stock"
+        ):  # one of our own, not an imitation, that a stock class took over
+            values = {k: config[k] for k in own & set(config) - set(config.get("_use_default_values", ()))}
         else:
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
             if not kwargs.get("solver"):
@@ -170,6 +175,12 @@ class RectifiedFlowScheduler(TableScheduler):
         scheduler.register_to_config(**{k: v for k, v in values.items() if k not in own})
         scheduler._check_noise()  # refuses a class whose solver is not here
         return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    def _register(self, **values: Any) -> None:  # noqa: ANN401
+        """Puts values into the configuration that stay there when a stock class takes it over, which drops defaults."""
+        if defaults := sorted(set(self.config.get("_use_default_values", ())) - set(values)):
+            values["_use_default_values"] = defaults
+        self.register_to_config(**values)
 
     def stock_config(self) -> tuple[str, dict[str, Any]]:
         """Returns a stock class and a configuration that it loads, with ours in the one hidden key ``flowkit``.
@@ -248,7 +259,7 @@ class RectifiedFlowScheduler(TableScheduler):
         """
         self._check_grid(grid, self.path)
         self._grid = grid
-        self.register_to_config(grid=None if grid is None else grid.to_dict())
+        self._register(grid=None if grid is None else grid.to_dict())
 
     def _check_grid(self, grid: Grid | None, path: Path) -> None:
         if grid is None:
