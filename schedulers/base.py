@@ -6,7 +6,6 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -16,81 +15,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from flowkit import rng, table
+from flowkit.grids import Grid
 from flowkit.paths import Path
 from flowkit.schedulers import clipping, variances
+from flowkit.schedulers.plans import Plan
 from flowkit.solvers import Solver
 from flowkit.table import Row
 
 Generators = Generator | list[Generator] | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run needs, read from the configuration once, in ``set_timesteps``.
-
-    Attributes:
-        path: of the sample.
-        prediction: type of the network's output.
-        method: the solver.
-        levels: N + 1 levels as diffusers exports them, the last where the run ends.
-        times: N model times.
-        ends: N levels where the steps end, for a class whose steps do not end at the next call's level; None means levels[1:].
-        orders: highest order of each step; None means the solver's.
-        uncorrected: steps without corrector.
-        eta: level of the solver's own noise; None means 1 for a stochastic solver, 0 for others.
-        churned: whether noise leads from the end of each step to the next level (see `flowkit.table.build`).
-        s_noise: factor on the noise.
-        variance: of the noise of ancestral steps (see `flowkit.schedulers.variances`); None means their own.
-        start: what pure noise is multiplied with.
-        finish: what the last result is multiplied with, for a class that hands on another path's coordinates.
-        limit: what is done to x0_hat, or None.
-        keyed: noise from (seed, sample, step).
-        debug: look for NaN after every step.
-    """
-
-    path: Path
-    prediction: str
-    method: Solver
-    levels: Sequence[float]
-    times: Sequence[float]
-    ends: Sequence[float] | None = None
-    orders: Sequence[int] | None = None
-    uncorrected: Sequence[int] = ()
-    eta: float | None = None
-    churned: bool = False
-    s_noise: float = 1.0
-    variance: str | None = None
-    start: float = 1.0
-    finish: float = 1.0
-    limit: clipping.Limit | None = None
-    keyed: bool = False
-    debug: bool = False
-
-    def rows(self, begin: int = 0, eta: float = 0.0) -> list[Row]:
-        """The table from grid step ``begin`` on: the bootstrap belongs to the first executed row.
-
-        Args:
-            begin: number of the first step.
-            eta: level of the noise where ``step`` asks for some; 0 means the plan's own.
-        """
-        rows = table.build(
-            self.method,
-            self.path,
-            self.prediction,
-            [self.path.at_level(v) for v in self.levels[begin:]],
-            times=self.times[begin:],
-            ends=None if self.ends is None else [self.path.at_level(v) for v in self.ends[begin:]],
-            orders=None if self.orders is None else self.orders[begin:],
-            uncorrected=[i - begin for i in self.uncorrected],
-            eta=eta or self.eta,
-            churned=self.churned,
-            s_noise=self.s_noise,
-        )
-        if self.variance:
-            rows = [variances.fixed(self.variance, self.path, row) for row in rows]
-        last, k = rows[-1], self.finish
-        rows[-1] = last._replace(a=k * last.a, b=tuple(k * b for b in last.b), c=k * last.c)
-        return [row._replace(step=row.step + begin) for row in rows]
 
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
@@ -105,8 +37,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._restart()
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.zeros(0)
-        self.sigmas = torch.zeros(0)
+        self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
 
     @property
     @abstractmethod
@@ -158,6 +89,20 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         levels = [plan.path.level(row.s) for row in rows] + [plan.levels[-1]]
         self.timesteps = torch.tensor([row.time for row in rows], dtype=torch.float32, device=device)
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
+
+    def _train_grid(self) -> None:
+        """Exports the training times and their levels, as training scripts look them up before any `set_timesteps`."""
+        path, total = self.path, len(self)
+        first = total - 1 if path.name == "vp" else total
+        shift = 1.0 if path.name != "flow" or self.config.get("use_dynamic_shifting") else self.config.get("shift", 1.0)
+        if path.name in ("ve", "edm"):
+            levels = list(Grid.karras(total, path=path.name).sigmas[:-1])
+        else:
+            levels = [path.level(path.at_time(first - i)) for i in range(total)]
+        if shift != 1:
+            levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
+        self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
+        self.timesteps = torch.tensor([path.time(path.at_level(v)) for v in levels], dtype=torch.float32)
 
     @property
     def order(self) -> int:

@@ -14,10 +14,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from flowkit import predictions, solvers, table
 from flowkit.grids import Grid
-from flowkit.paths import Path, from_rho, rho
-from flowkit.schedulers import clipping, stock_classes, variances
+from flowkit.paths import Path
+from flowkit.schedulers import clipping, plans, stock_classes, variances
 from flowkit.schedulers import stock as imitation
-from flowkit.schedulers.base import Plan, TableScheduler
+from flowkit.schedulers.base import TableScheduler
+from flowkit.schedulers.plans import Plan
 from flowkit.solvers import Solver
 
 _NATURAL = {"flow": "flow_prediction"}
@@ -121,6 +122,7 @@ class RectifiedFlowScheduler(TableScheduler):
         if not stock:
             self._check_grid(self._grid, self.path)
             self._check_noise()
+            self._train_grid()
 
     @classmethod
     def from_config(
@@ -174,6 +176,7 @@ class RectifiedFlowScheduler(TableScheduler):
         scheduler = cls(**{k: v for k, v in values.items() if k in own})
         scheduler.register_to_config(**{k: v for k, v in values.items() if k not in own})
         scheduler._check_noise()  # refuses a class whose solver is not here
+        scheduler._train_grid()
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     def _register(self, **values: Any) -> None:  # noqa: ANN401
@@ -306,30 +309,8 @@ class RectifiedFlowScheduler(TableScheduler):
                 plan, orders=imitation.orders(config, len(times)), uncorrected=config.get("disable_corrector") or ()
             )
             if method.name == "plms" and len(times) > 1:
-                # The first step is made again from its other end: a step of no length, whose corrector it is.
-                plan = replace(
-                    plan, levels=_twice(levels), times=_twice(times), orders=None, uncorrected=range(1, len(times) + 1)
-                )
-        return self._churned(plan) if config["s_churn"] else plan
-
-    def _churned(self, plan: Plan) -> Plan:
-        """The plan with calls at raised levels: a step ends at the grid's next level, from where noise leads up to the call's."""
-        config, path = self.config, plan.path
-        most = min(config["s_churn"] / len(plan.times), math.sqrt(2.0) - 1.0)
-        high = math.inf if config["s_tmax"] is None else config["s_tmax"]
-        levels, times = list(plan.levels), list(plan.times)
-        for i, level in enumerate(levels[:-1]):
-            sigma = rho(path.at_level(level))
-            hat = min(from_rho(sigma * (1.0 + most)), max(path.start, from_rho(sigma)))
-            if config["s_tmin"] <= sigma <= high and hat > path.at_level(level):
-                levels[i], times[i] = path.level(hat), path.time(hat)
-        first, raised = rho(path.at_level(plan.levels[0])), rho(path.at_level(levels[0]))
-        # The noise that raised the first level has the factor too.
-        excess = (
-            math.hypot(first, plan.s_noise * math.sqrt(raised**2 - first**2)) / raised if raised < math.inf else 1.0
-        )
-        start = imitation.start_scale(config, levels) * excess
-        return replace(plan, levels=levels, times=times, ends=plan.ends or plan.levels[1:], churned=True, start=start)
+                plan = plans.repeated(plan)
+        return plans.churned(plan, config) if config["s_churn"] else plan
 
     def _grid_for(
         self,
@@ -373,11 +354,6 @@ class RectifiedFlowScheduler(TableScheduler):
     def _laid(self, grid: Grid) -> tuple[Sequence[float], Sequence[float], None]:
         path = self.path
         return grid.sigmas, grid.timesteps or [path.time(path.at_level(v)) for v in grid.sigmas[:-1]], None
-
-
-def _twice(values: Sequence[float]) -> list[float]:
-    """The values with the second there twice."""
-    return [*values[:2], *values[1:]]
 
 
 def _span(path: Path) -> tuple[float, float]:

@@ -253,7 +253,8 @@ def test_churn_is_algorithm_2_of_karras(s_churn: float) -> None:
     hats = list(map(paths.rho, levels))
 
     def slope_at(x: Tensor, sigma: float) -> Tensor:
-        return (x - model.posterior(x, paths.from_rho(sigma))[0]) / sigma
+        slope: Tensor = (x - model.posterior(x, paths.from_rho(sigma))[0]) / sigma
+        return slope
 
     def noise(step: int) -> Tensor:
         return normal(100 + step)
@@ -412,7 +413,7 @@ def test_bad_tables_are_refused() -> None:
         ("euler-maruyama", {"eta": math.nan}, "eta must be a number >= 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            table.build(solvers.solver(name, path), path, "flow_prediction", uniform(3), **options)  # type: ignore[arg-type]
+            table.build(solvers.solver(name, path), path, "flow_prediction", uniform(3), **options)
     third = replace(solvers.find("sde-dpm++2m"), order=3)
     with pytest.raises(ValueError, match="an SDE solver of order 3 has weak order 2 at best; use solver='sde-dpm"):
         table.build(third, path, "flow_prediction", uniform(3))
