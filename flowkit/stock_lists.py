@@ -176,9 +176,10 @@ def _prove(grid: Levels, scheduler: Any, found: Mapping[str, Any], mu: float | N
             "use grid.at_whole_times(path)"
         )
     if wrong == [len(grid)]:
-        raise ValueError(
-            f"{name} ends its runs at level {levels[-1]:.6g}, the grid at {grid.sigmas[-1]:.6g}; end the grid there"
-        )
+        ends = f"{name} ends its runs at level {levels[-1]:.6g}, the grid at {grid.sigmas[-1]:.6g}"
+        late = trial.config.get("final_sigmas_type") == "sigma_min"
+        cure = "set final_sigmas_type to 'zero'" if late else "end the grid there"
+        raise ValueError(f"{ends}; {cure}")
     if wrong:
         i = wrong[0]
         raise ValueError(
