@@ -39,7 +39,10 @@ class Levels:
             raise ValueError(f"the levels of a grid must strictly fall, got {short(self.sigmas)}")
         top = 1.0 if self.path == "flow" else math.inf
         if not 0 <= self.sigmas[-1] < self.sigmas[0] <= top:
-            raise ValueError(f"the levels of a {self.path} grid must lie in [0, {top:g}], got {short(self.sigmas)}")
+            cure = "; sigma/alpha above 1 belongs to the paths vp, cosine, ve and edm" if top == 1 else ""
+            raise ValueError(
+                f"the levels of a {self.path} grid must lie in [0, {top:g}], got {short(self.sigmas)}{cure}"
+            )
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(v) for v in self.timesteps))
             if len(self.timesteps) != len(self) or not all(math.isfinite(v) for v in self.timesteps):
@@ -54,7 +57,8 @@ class Levels:
     def resampled(self, steps: int) -> Self:
         """Returns N levels between the first and the last positive one, log-linear over the step number (Sabour et al. 2024).
 
-        A last level of 0 stays. Timesteps are dropped, and so is ``about``, which told of another grid.
+        A last level of 0 stays. Timesteps are dropped, and so is ``about``, which told of another grid; a grid of N steps is
+        returned as it is.
 
         Raises:
             ValueError: for N < 1, an infinite first level, or a single positive level.
@@ -63,7 +67,7 @@ class Levels:
         positive = [v for v in self.sigmas if v > 0]
         tail = self.sigmas[len(positive) :]
         if steps == len(self):
-            return replace(self, timesteps=None, about={})
+            return self
         if math.isinf(positive[0]):
             raise ValueError("a grid that starts at inf has no log-linear resampling; resample grid.on('flow')")
         if len(positive) < 2 and steps > 1:

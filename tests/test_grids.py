@@ -164,7 +164,9 @@ def test_resampling_keeps_what_it_can() -> None:
     assert fine.sigmas[:-1:2] == Grid.ays("sd15").sigmas[:-1]
     assert fine.sigmas[1] == pytest.approx(math.sqrt(fine.sigmas[0] * fine.sigmas[2]))
     assert Grid((8.0, 4.0, 1.0), "vp", "euler").resampled(4).sigmas == pytest.approx((8.0, 8 / math.sqrt(2), 4, 2, 1.0))
-    assert Grid((8.0, 4.0, 1.0), "vp", "euler", about={"gain": 2}).resampled(2) == Grid((8.0, 4.0, 1.0), "vp", "euler")
+    made = Grid((8.0, 4.0, 1.0), "vp", "euler", about={"gain": 2})
+    assert made.resampled(2) is made
+    assert (made.resampled(3).solver, made.resampled(3).about) == ("euler", {})
 
 
 @given(levels_in_unit, st.sampled_from(["vp", "cosine", "ve", "edm"]))
