@@ -14,7 +14,7 @@ from typing import Any
 from flowkit import paths, spacing, stock_lists
 from flowkit.levels import Levels, check_steps
 from flowkit.paths import Path
-from flowkit.spacing import Array, model_times
+from flowkit.spacing import Array, cleanest, model_times
 from flowkit.weights import write_bytes
 
 GRIDS = (
@@ -265,9 +265,10 @@ def limits(path: Path) -> tuple[float, float]:
         return 0.002, 80.0
     if path.name == "vp":
         return path.rhos[0], path.rhos[-1] if math.isfinite(path.rhos[-1]) else path.rhos[-2]
+    total = path.num_train_timesteps
     if path.name == "flow":
-        return 1.0 / path.num_train_timesteps, 1.0
-    return path.level(path.at_time(1.0)), path.level(path.at_time(path.num_train_timesteps - 1.0))
+        return cleanest(total) / total, 1.0
+    return path.level(path.at_time(cleanest(total))), path.level(path.at_time(total - cleanest(total)))
 
 
 def named(

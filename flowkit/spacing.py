@@ -65,11 +65,16 @@ def resample(levels: Array, n: int) -> Array:
     return np.where(at % 1 == 0, levels[at.astype(int)], found)  # what stays is exact
 
 
+def cleanest(total: int) -> float:
+    """Returns the least time of a continuous clock worth a call: 1, as in diffusers, or a thousandth where the clock runs to 1."""
+    return 1.0 if total > 1 else 1e-3
+
+
 def model_times(spacing: str, n: int, total: int, *, whole: bool) -> Array:
     """Returns n falling model times (Lin et al. 2024, table 2).
 
     A discrete model knows the times 0 ... total - 1; a continuous clock runs up to total, pure noise, and takes the same times
-    plus 1, unrounded, so that no call falls on time 0, where there is nothing left to do.
+    plus 1 (`cleanest`), unrounded, so that no call falls on time 0, where there is nothing left to do.
 
     Args:
         spacing: "trailing" places the ends of the intervals, noise first: its first time is the noisiest; "leading" the
@@ -81,7 +86,7 @@ def model_times(spacing: str, n: int, total: int, *, whole: bool) -> Array:
     Raises:
         ValueError: for an unknown spacing.
     """
-    first = 1.0 if whole else min(1.0, total / 1000)
+    first = 1.0 if whole else cleanest(total)
     match spacing:
         case "trailing":
             # The additions of np.arange decide which way halves are rounded.

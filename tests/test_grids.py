@@ -96,6 +96,8 @@ def test_parameters_of_the_bounded_spacings() -> None:
     assert named("exponential", 3, paths.ve(), sigma_min=0.01, sigma_max=100.0).sigmas == pytest.approx(
         (100, 1, 0.01, 0)
     )
+    assert limits(paths.cosine(1)) == pytest.approx(limits(paths.cosine(1000)))
+    assert limits(paths.flow(1)) == limits(paths.flow(1000)) == (0.001, 1.0)
     assert limits(paths.vp([*paths.betas()[:-1], 1.0]))[1] == VP.rhos[-2]  # zero terminal SNR
     for name in GRIDS:
         grid = named(name, 5, paths.flow())
