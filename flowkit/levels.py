@@ -110,7 +110,7 @@ class Levels:
             ValueError: for a grid of another path, a terminal out of range, or a grid whose only positive level is 1.
         """
         if not 0 < terminal < 1:
-            raise ValueError(f"terminal must lie in (0, 1), got {terminal}; LTX-Video uses 0.1")
+            raise ValueError(f"terminal must lie in (0, 1), got {terminal}; give a level such as 0.1")
         if self.sigmas[1] == 0:
             raise ValueError(f"the grid {short(self.sigmas)} has a single positive level; give it at least two steps")
         return self._pushed(lambda s: spacing.stretch(s, terminal))

@@ -147,12 +147,18 @@ def _ramp(levels: Sequence[float], config: Mapping[str, Any]) -> list[float]:
 
 
 def _times(levels: Sequence[float], scheduler: Any) -> list[float]:  # noqa: ANN401
-    """Model times at VP levels, linear in sigma/alpha between whole ones as the classes interpolate; whole where they are near."""
-    bar = scheduler.alphas_cumprod.double().numpy()
+    """Model times at VP levels, whole but for Heun, which interpolates linearly in sigma/alpha."""
+    bar = scheduler.alphas_cumprod.double().cpu().numpy()
     with np.errstate(divide="ignore"):
         rhos = np.sqrt((1 - bar) / bar)
     times = np.interp(levels, rhos, np.arange(len(rhos)))
     near = np.abs(times - times.round()) < _NEAR
+    if not near.all() and not _is(scheduler, "HeunDiscreteScheduler"):
+        i = int(np.argmin(near))
+        raise ValueError(
+            f"{type(scheduler).__name__} takes whole model times only, level {levels[i]:.6g} of step {i} lies at {times[i]:.2f}; "
+            "use grid.at_whole_times(path)"
+        )
     return [int(t.round()) if whole else float(t) for t, whole in zip(times, near, strict=True)]
 
 
@@ -169,12 +175,6 @@ def _prove(grid: Levels, scheduler: Any, found: Mapping[str, Any], mu: float | N
     if len(levels) != len(grid.sigmas):
         raise ValueError(f"{name} makes {len(levels) - 1} steps of the {len(grid)} of the grid; {_cure(grid.path)}")
     wrong = [i for i, pair in enumerate(zip(levels, grid.sigmas, strict=True)) if not _close(*pair, tolerance)]
-    if wrong and any(isinstance(t, float) for t in times):
-        i = next(i for i, t in enumerate(times) if isinstance(t, float))
-        raise ValueError(
-            f"{name} takes whole model times only, level {grid.sigmas[i]:.6g} of step {i} lies at {times[i]:.2f}; "
-            "use grid.at_whole_times(path)"
-        )
     if wrong == [len(grid)]:
         ends = f"{name} ends its runs at level {levels[-1]:.6g}, the grid at {grid.sigmas[-1]:.6g}"
         late = trial.config.get("final_sigmas_type") == "sigma_min"
@@ -203,7 +203,7 @@ def _taken(scheduler: Any) -> tuple[list[float], list[float]]:  # noqa: ANN401
     times = scheduler.timesteps.double().tolist()
     if not hasattr(scheduler, "sigmas"):
         last = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).reshape(1)
-        bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], last]).double()
+        bar = torch.cat([scheduler.alphas_cumprod.cpu()[scheduler.timesteps], last.cpu()]).double()
         return ((1 - bar) / bar).sqrt().tolist(), times
     levels = scheduler.sigmas.double().tolist()
     if scheduler.order == 2:

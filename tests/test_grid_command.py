@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowkit import paths, solvers
+from flowkit import paths, solvers, table
 from flowkit.cli import app
 from flowkit.grids import GRIDS, Grid, named
 
@@ -239,6 +239,24 @@ def test_hostile_files_are_one_line(content: bytes, tmp_path: Path) -> None:
     assert len(line) < 1000
     (tmp_path / "scheduler_config.json").write_bytes(content)
     assert "scheduler_config.json" in error("uniform", "--model", tmp_path)
+
+
+def test_a_files_words_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    Grid((1.0, 0.0), solver="a\x1b[2Jb", about={"k\x1b[31m": "v\x07\n" + "x" * 100_000}).save(tmp_path / "g.json")
+    text = out(tmp_path / "g.json")
+    assert "made for solver a [2Jb" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert len(text) < 1000
+
+
+def test_wide_tables_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = table.Row(0.5, 0.25, 500.0, 0, 1.0, 0.0, -1.23456e-7, (-0.0123456, 1234567.8, 1 / 3, -1e-9), 0.123456, 3)
+    for wide in (1, 2, 3, 4, 5):
+        monkeypatch.setattr(table, "build", lambda *_, n=wide, **__: [row._replace(b=(row.b * 2)[:n])])
+        lines = out("0.5,0.25", "--solver", "euler").splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("step call"))
+        assert len(lines[start].split()) == len(lines[start + 1].split()) == 7 + wide
+        assert len(lines[start + 1]) <= 80
 
 
 @pytest.mark.parametrize("arguments", [["grid", "--help"], ["grid", "uniform", "--steps", "0"], ["grid"]])

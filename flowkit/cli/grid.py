@@ -187,7 +187,7 @@ def _build(sources: Sequence[str], steps: int | None, wanted: Path | None) -> It
     count = steps or next((len(grid) for grid in given.values()), DEFAULT_STEPS)
     for source in sources:
         if source in given:
-            grid, label = given[source], FilePath(source).name if FilePath(source).is_file() else "list"
+            grid, label = given[source], _cell(FilePath(source).name) if FilePath(source).is_file() else "list"
             grid = grid.resampled(steps) if steps else grid
             grid = grid.on(wanted.name) if wanted else grid
         else:
@@ -273,9 +273,11 @@ def _compared(grids: Sequence[Shown]) -> Iterator[str]:
             yield f"{i:4}{''.join(cells)}".rstrip()
         yield ""
     for item in grids:
-        made = f", made for solver {item.grid.solver}" if item.grid.solver else ""
+        made = f", made for solver {_cell(item.grid.solver)}" if item.grid.solver else ""
         yield f"{item.label}: {len(item.grid)} steps on the path {item.grid.path}{made}"
-        about = ", ".join(f"{k} {_cell(v)}" for k, v in item.grid.about.items() if isinstance(v, str | int | float))
+        about = ", ".join(
+            f"{_cell(k)} {_cell(v)}" for k, v in item.grid.about.items() if isinstance(v, str | int | float)
+        )
         yield from textwrap.wrap(about, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
@@ -290,11 +292,13 @@ def _run_text(runs: Iterable[dict[str, Any]]) -> Iterator[str]:
         rows = run["rows"]
         wide, noisy = max(len(r["b"]) for r in rows), any(r["c"] for r in rows)
         heads = ["sigma", "time", "result", "a", *(f"b{k}" for k in range(wide)), *(["c"] if noisy else [])]
-        yield "step call" + "".join(f"{head:>9}" for head in heads)
+        size = 9 if len(heads) <= 7 else 8 if len(heads) == 8 else 7
+        yield "step call" + "".join(f"{head:>{size}}" for head in heads)
         for r in rows:
-            b = [_cell(v) for v in r["b"]] + [""] * (wide - len(r["b"]))
-            cells = [*(_cell(r[k]) for k in ("sigma", "time", "result", "a")), *b, *([_cell(r["c"])] if noisy else [])]
-            yield f"{r['step']:4}{r['call']:5}" + "".join(f"{cell:>9}" for cell in cells).rstrip()
+            b = [*r["b"], *[None] * (wide - len(r["b"]))]
+            cells = [r["sigma"], r["time"], r["result"], r["a"], *b, *([r["c"]] if noisy else [])]
+            line = "".join(f"{_cell(v, min(size - 1, 7)):>{size}}" for v in cells)
+            yield f"{r['step']:4}{r['call']:5}{line}".rstrip()
     if runs:
         yield "\nx' = a x + b0 M0 + b1 M1 + ... + c z"
         yield "M0: the prediction of this call, M1: of the call before, z: noise"
@@ -309,17 +313,14 @@ def _plain(item: Shown) -> str:
     return ", ".join(np.format_float_positional(v, trim="0") for v in item.grid.sigmas)
 
 
-def _cell(value: object) -> str:
-    """A value in at most seven characters where it is a number."""
+def _cell(value: object, room: int = 7) -> str:
+    """A value of a table: a number in as many digits as there is room for, text without what would steer a terminal."""
     if value is None:
         return ""
     if not isinstance(value, int | float):
-        return str(value)
-    for digits in (5, 4, 3, 2):
-        text = f"{value:.{digits}g}"
-        if len(text) <= 7:
-            return text
-    return f"{value:.1g}"
+        return "".join(c if c.isprintable() else " " for c in str(value)[:200])
+    texts = (f"{value:.{digits}g}" for digits in (5, 4, 3, 2))
+    return next((text for text in texts if len(text) <= room), f"{value:.1g}")
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401
