@@ -50,7 +50,7 @@ def find(grid: Levels, scheduler: Any, mu: float | None = None) -> dict[str, Any
     """
     if not callable(getattr(scheduler, "set_timesteps", None)) or not hasattr(scheduler, "config"):
         raise TypeError(f"expected a scheduler of diffusers, got {scheduler!r:.80}; pass pipe.scheduler")
-    name, config, path = type(scheduler).__name__, scheduler.config, _path(scheduler)
+    name, config, path = type(scheduler).__name__, _config(scheduler), _path(scheduler)
     if callable(getattr(scheduler, "set_grid", None)):
         raise ValueError(f"{name} takes the grid itself; call scheduler.set_grid(grid)")
     taken = inspect.signature(scheduler.set_timesteps).parameters
@@ -73,9 +73,8 @@ def find(grid: Levels, scheduler: Any, mu: float | None = None) -> dict[str, Any
         values = _ramp(grid.sigmas[:-1], config)
     elif by_level:
         values = spacing.shift(np.array(grid.sigmas[:-1]), 1 / _factor(scheduler, mu)).tolist()
-        if _is(
-            scheduler, "UniPCMultistepScheduler"
-        ):  # truncates its times: none may fall below a whole one by rounding
+        if _is(scheduler, "UniPCMultistepScheduler"):
+            # It truncates its times: none may fall below a whole one by rounding.
             values = [min(1.0, v * (1 + 1e-12)) for v in values]
     else:
         values = _times(grid.sigmas[:-1], scheduler)
@@ -90,9 +89,15 @@ def _is(scheduler: Any, *names: str) -> bool:  # noqa: ANN401
     return any(parent.__name__ in names for parent in type(scheduler).__mro__)
 
 
+def _config(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What the class reads of its configuration, which also carries the keys of the class that it came from."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {k: v for k, v in scheduler.config.items() if k in known}
+
+
 def _path(scheduler: Any) -> str:  # noqa: ANN401
     """Name of the path whose levels the scheduler calls sigmas."""
-    config = scheduler.config
+    config = _config(scheduler)
     if _is(scheduler, "IPNDMScheduler", "CosineDPMSolverMultistepScheduler"):
         return "cosine"
     if hasattr(scheduler, "precondition_noise") or (
@@ -128,7 +133,7 @@ def _check(grid: Levels, name: str, config: Mapping[str, Any], mu: float | None)
 
 def _factor(scheduler: Any, mu: float | None) -> float:  # noqa: ANN401
     """The k of the scheduler's own shift, ``k s / (1 + (k - 1) s)``."""
-    config = scheduler.config
+    config = _config(scheduler)
     if config.get("use_dynamic_shifting"):
         amount = mu or 0.0
         k = amount if config.get("time_shift_type") == "linear" else math.exp(min(amount, 700.0))
@@ -177,7 +182,7 @@ def _prove(grid: Levels, scheduler: Any, found: Mapping[str, Any], mu: float | N
     wrong = [i for i, pair in enumerate(zip(levels, grid.sigmas, strict=True)) if not _close(*pair, tolerance)]
     if wrong == [len(grid)]:
         ends = f"{name} ends its runs at level {levels[-1]:.6g}, the grid at {grid.sigmas[-1]:.6g}"
-        late = trial.config.get("final_sigmas_type") == "sigma_min"
+        late = _config(trial).get("final_sigmas_type") == "sigma_min"
         cure = "set final_sigmas_type to 'zero'" if late else "end the grid there"
         raise ValueError(f"{ends}; {cure}")
     if wrong:

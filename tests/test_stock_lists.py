@@ -124,6 +124,22 @@ def test_the_shift_is_the_instances_own() -> None:
     assert stock.sigmas.tolist() == pytest.approx(grid.sigmas)
 
 
+def test_keys_of_another_class_mean_nothing() -> None:
+    match = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)
+    multi = diffusers.UniPCMultistepScheduler.from_config(match.config, use_karras_sigmas=False, **FLOW)
+    assert multi.config["shift"] == 3.0  # which it does not read
+    euler = diffusers.EulerDiscreteScheduler(**SD, timestep_type="continuous", prediction_type="v_prediction")
+    other = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        diffusers.UniPCMultistepScheduler(**SD, use_flow_sigmas=False).config
+    )
+    assert other.config["use_flow_sigmas"] is False
+    for stock in (multi, other):
+        stock.set_timesteps(**Grid.uniform(4).for_stock(stock))
+        assert stock.sigmas.tolist() == pytest.approx(Grid.uniform(4).sigmas, rel=5e-6)
+    heun = diffusers.HeunDiscreteScheduler.from_config(euler.config)
+    assert "timesteps" in Grid.ays("sd15").for_stock(heun)
+
+
 def test_whole_flow_times_survive_the_truncation_of_unipc() -> None:
     stock = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0)
     for seed in range(20):
