@@ -131,16 +131,16 @@ def test_a_solver_that_cannot_start_is_told_and_asked_for_refused() -> None:
 
 
 CALLS = [
-    (("karras", "--steps", 5, "--path", "flow"), "FlowMatchEulerDiscreteScheduler", {}, None),
-    (("uniform", "--steps", 30), "UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, None),
+    (("karras", "--steps", 5, "--path", "flow"), "FlowMatchEulerDiscreteScheduler", {}),
+    (("uniform", "--steps", 30), "UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
     (("ays-sd15", "--whole-times"), "DPMSolverMultistepScheduler", {"beta_schedule": "scaled_linear", "beta_start": 0.00085,
-                                                                  "beta_end": 0.012}, None),
-    (("exponential", "--path", "edm"), "EDMEulerScheduler", {}, None),
+                                                                  "beta_end": 0.012}),
+    (("exponential", "--path", "edm"), "EDMEulerScheduler", {}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "name", "config", "mu"), CALLS)
-def test_the_printed_call_runs(source: tuple[Any, ...], name: str, config: dict[str, Any], mu: float | None) -> None:
+@pytest.mark.parametrize(("source", "name", "config"), CALLS)
+def test_the_printed_call_runs(source: tuple[Any, ...], name: str, config: dict[str, Any]) -> None:
     text = out(*source, "--for-stock", name)
     scheduler = getattr(diffusers, name)(**config)
     exec(text, {"np": np, "torch": torch, "scheduler": scheduler})
@@ -165,6 +165,9 @@ def test_a_call_for_a_saved_scheduler(tmp_path: Path) -> None:
     exec(text, {"scheduler": euler})
     assert "# karras for EulerDiscreteScheduler.from_config(pipe.scheduler.config)" in text
     assert euler.timesteps[0] == pytest.approx(999)
+    text = out("uniform", "--model", DIGITS, "--for-stock", "UniPCMultistepScheduler")
+    made = "UniPCMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True, prediction_type='flow_prediction')"
+    assert made in text.replace("\n#  ", "")
 
 
 def test_numbers_for_comfyui() -> None:

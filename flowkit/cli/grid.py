@@ -64,15 +64,15 @@ class _Export:
             raise ValueError(
                 f"{name!r:.80} is no scheduler class of diffusers, nor a folder; name one such as EulerDiscreteScheduler"
             )
-        made = f"{name} of {folder.name}" if folder else f"{name}.from_config(pipe.scheduler.config)"
-        if not config:
-            known = defaults(name) if name in CLASSES else {}
-            if item.path.name == "vp":
-                config = {k: v for k, v in _STABLE_DIFFUSION.items() if k in known}
-            elif item.path.name == "flow" and "use_flow_sigmas" in known:
-                config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            made = f"{name}({', '.join(f'{k}={v!r}' for k, v in config.items())})"
-        scheduler = getattr(diffusers, name).from_config(config)
+        known = defaults(name) if name in CLASSES else {}
+        added: dict[str, Any] = {}
+        if not folder and item.path.name == "flow" and "use_flow_sigmas" in known:
+            added = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        elif not origin and item.path.name == "vp":
+            added = {k: v for k, v in _STABLE_DIFFUSION.items() if k in known}
+        words = [*(["pipe.scheduler.config"] if origin else []), *(f"{k}={v!r}" for k, v in added.items())]
+        made = f"{name} of {folder.name}" if folder else f"{name}{'.from_config' if origin else ''}({', '.join(words)})"
+        scheduler = getattr(diffusers, name).from_config(config, **added)
         extra = {"mu": mu} if mu is not None and scheduler.config.get("use_dynamic_shifting") else {}
         return cls(item.label, made, item.grid.for_stock(scheduler, mu), extra)
 
