@@ -943,7 +943,7 @@ def test_calls_that_cannot_be_are_refused(name: str, options: Options, call: Opt
 
 def test_beta_grids_name_scipy_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ImportError, match=r"use_beta_sigmas=True needs SciPy; .*pip install scipy"):
+    with pytest.raises(ImportError, match=r"a beta grid needs SciPy; .*pip install scipy"):
         stock.levels(translated("EulerDiscreteScheduler", use_beta_sigmas=True), 5)
 
 
