@@ -207,7 +207,7 @@ def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["uniform", "--path", "vp", "--model", "x"], "both --path vp and --model x"),
         (["uniform", "--model", "nosuch"], "no scheduler_config.json in nosuch"),
         (["uniform", "--steps", "0"], "--steps"),
-        (["uniform", "--solver", "rk4"], "unknown solver 'rk4'; choose one of euler"),
+        (["uniform", "--solver", "rk5"], "unknown solver 'rk5'; choose one of euler"),
         (["uniform", "--for-stock", "Foo"], "'Foo' is no scheduler class of diffusers"),
         (["uniform", "--for-stock", "ModelMixin"], "'ModelMixin' is no scheduler class of diffusers"),
         (["uniform", "--for-stock", "DDIMScheduler"], "takes neither sigmas nor timesteps"),
