@@ -44,6 +44,8 @@ class RectifiedFlowScheduler(TableScheduler):
             the flow path, epsilon elsewhere.
         solver: one of `flowkit.solvers.SOLVERS`. None means that of the imitated class; on a fresh scheduler "unipc" on the flow
             path and "dpm++2m" elsewhere.
+        gauge: what ``solver`` holds or interpolates, where it leaves that open (see `flowkit.solvers.solver`); None means its form
+            for the path. "flow" on another path straightens it.
         grid: one of `flowkit.grids.GRIDS` or a `Grid` (also as its dict), which wins over what pipelines pass. None means that of
             the imitated class; on a fresh scheduler "uniform", and "karras" on VE and EDM.
         shift: static shift of the flow grid towards noise, > 0; 1 means none.
@@ -87,6 +89,7 @@ class RectifiedFlowScheduler(TableScheduler):
         path: str = "flow",
         prediction_type: str | None = None,
         solver: str | None = None,
+        gauge: str | None = None,
         grid: str | Mapping[str, Any] | Grid | None = None,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -129,6 +132,10 @@ class RectifiedFlowScheduler(TableScheduler):
         self._register(**known, grid=grid.to_dict() if isinstance(grid, Grid) else grid)
         if solver is not None:
             solvers.find(solver)
+        elif gauge is not None and stock:
+            raise ValueError(
+                f"gauge={gauge!r} needs a solver, the imitated class has its own; pass solver='unipc' or another"
+            )
         self._grid = grid if isinstance(grid, Grid) else None
         if not s_churn >= 0 or not s_noise > 0 or not 0 <= s_tmin <= (math.inf if s_tmax is None else s_tmax):
             raise ValueError(f"got s_churn={s_churn}, s_tmin={s_tmin}, s_tmax={s_tmax}, s_noise={s_noise}; churn must not be "
@@ -238,7 +245,8 @@ class RectifiedFlowScheduler(TableScheduler):
                 f"the solver of {self.config['stock']} with this configuration is not in flowkit; "
                 f"pass solver= one of {', '.join(solvers.SOLVERS)}"
             )
-        return solvers.solver(name or ("unipc" if self.config["path"] == "flow" else "dpm++2m"), self.path)
+        name = name or ("unipc" if self.config["path"] == "flow" else "dpm++2m")
+        return solvers.solver(name, self.path, self.config["gauge"])
 
     @property
     def _variance(self) -> str | None:

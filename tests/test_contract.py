@@ -325,6 +325,46 @@ def test_a_path_says_where_it_starts() -> None:
     assert paths.named("edm").level(1.0) == math.inf
 
 
+@pytest.mark.parametrize("solver", ["heun", "midpoint", "ab3", "unipc", "edm"])
+def test_a_vp_model_on_straightened_coordinates(solver: str) -> None:
+    """In the gauge of the flow and on its levels, a model of Stable Diffusion's path is sampled as the flow's would be."""
+    model = MixtureDenoiser.of(torch.tensor([[1.0, -0.5], [-0.6, 0.8]]), 0.3)
+    vp = RectifiedFlowScheduler(path="vp", solver=solver, gauge="flow", grid="straight")
+    vp.set_timesteps(9)
+    first = vp.path.start
+    levels = [first * (1 - i / 9) for i in range(10)]
+    flow = RectifiedFlowScheduler(solver=solver, gauge="flow", grid=Grid(tuple(levels)))
+    flow.set_timesteps()
+    results = []
+    for scheduler in (vp, flow):
+        path, x = scheduler.path, torch.randn(8, 2, generator=Generator().manual_seed(0), dtype=torch.float64)
+        x = x / path.norm(first)
+        for i, t in enumerate(scheduler.timesteps):
+            row = scheduler._rows[i]
+            x0, eps = model.posterior(x * path.norm(row.s), row.s)
+            output = eps if path.name == "vp" else eps - x0
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        results.append(x)
+    assert (results[0] - results[1]).abs().max() < 1e-10
+    plain = RectifiedFlowScheduler(path="vp", solver=solver, grid="straight")
+    plain.set_timesteps(9)
+    assert plain.method.gauge != "flow"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "dpm++2m", "gauge": "flow"}, "holds x0, got gauge='flow'"),
+        ({"solver": "heun", "gauge": "x0"}, "'heun' takes eps or flow, got gauge='x0'"),
+        ({"solver": "heun", "gauge": "straight"}, "gauge='straight'"),
+        ({"stock": "DDIMScheduler", "path": "vp", "gauge": "flow"}, "gauge='flow' needs a solver"),
+    ],
+)
+def test_gauges_that_a_solver_does_not_have_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowScheduler(**options)
+
+
 # --------------------------------------------------------------------------------------------------------------- grids by name
 
 
