@@ -25,7 +25,7 @@ from flowkit.eval.features import ClassifierExtractor, PixelExtractor
 from flowkit.eval.frechet import frechet_distance
 from flowkit.eval.harness import count_rows, evaluate
 from flowkit.eval.statistics import FeatureStats
-from flowkit.pipelines.sampling import Inputs, as_inputs, sample_images
+from flowkit.pipelines.sampling import Inputs, as_inputs, blocks, sample_images, sample_outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:a Frechet distance of")
 
@@ -257,9 +257,16 @@ def test_an_unconditional_pipeline_has_no_inputs(unconditional: DDPMPipeline) ->
         sample_images(unconditional, 4, inputs=[1, 2])
 
 
-def test_samples_of_a_batch_have_the_same_arguments(labelled: LabelPipeline) -> None:
-    with pytest.raises(ValueError, match="different arguments"):
-        sample(labelled, 2, inputs=[{"labels": 1}, {"labels": 1, "scale": 1.0}])
+def test_samples_of_a_batch_share_what_holds_for_a_call(labelled: LabelPipeline) -> None:
+    inputs = [{"labels": 1}, {"labels": 1, "shift": 1.0}, {"labels": 2, "shift": 1.0}, {"labels": 2, "shift": 0.5}]
+    assert blocks(labelled, 6, inputs=inputs) == [range(1), range(1, 3), range(3, 4), range(4, 5), range(5, 6)]
+    assert blocks(labelled, 3, inputs=inputs, batch_size=1, start=1) == [range(1, 2), range(2, 3), range(3, 4)]
+    together = sample(labelled, 4, inputs=inputs)
+    assert torch.equal(together, torch.cat([sample(labelled, 1, inputs=inputs, start=i) for i in range(4)]))
+    assert not torch.equal(together[2:3], sample(labelled, 1, inputs=inputs[:2], start=2))
+    for block in (range(2), range(2, 4)):
+        with pytest.raises(ValueError, match="samples of one block have different arguments"):
+            list(sample_outputs(labelled, [block], inputs=inputs))
 
 
 def test_images_that_are_not_finite_name_their_samples() -> None:
