@@ -1,0 +1,5 @@
+"""``python -m flowkit.cli`` and ``accelerate launch --module flowkit.cli``: the command line as a module."""
+
+from flowkit.cli import main
+
+main()
