@@ -89,7 +89,7 @@ def load(source: Source, dtype: torch.dtype | None = None, variant: str | None =
 
     Args:
         source: from `find`.
-        dtype: of the networks; None means that of the weights.
+        dtype: of the networks; None means that of the weights, and float32 for an embedded model, as in `load_demo`.
         variant: of the weights, such as "fp16"; None means the plain ones.
 
     Raises:
@@ -98,7 +98,7 @@ def load(source: Source, dtype: torch.dtype | None = None, variant: str | None =
     """
     parts: dict[str, Any] = {}
     if source.name in assets.NAMES:
-        parts["scheduler"] = RectifiedFlowScheduler()  # as in load_demo
+        parts["scheduler"], dtype = RectifiedFlowScheduler(), dtype or torch.float32
     elif "flowkit" in (scheduler_config(source) or {}):  # the stock class would warn about the key that carries ours
         parts["scheduler"] = RectifiedFlowScheduler.from_pretrained(source.folder / "scheduler")
     loader = _OURS.get(source.pipeline, diffusers.DiffusionPipeline)

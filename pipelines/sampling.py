@@ -186,7 +186,10 @@ def sample_outputs(
             rows = [own(i) for i in indices]
             check_arguments(pipe, rows[0], shared)
             try:
-                output = pipe(**_batch(pipe, rows, shared), generator=_generators(seed, indices))
+                with torch.random.fork_rng(_devices()):
+                    # For what a pipeline draws past its generators: then at least a function of the block.
+                    torch.manual_seed(rng.sample_seed(seed, indices[0]))
+                    output = pipe(**_batch(pipe, rows, shared), generator=_generators(seed, indices))
             except ValueError as error:
                 raise ValueError(f"samples {indices[0]} to {indices[-1]}: {error}") from error
             yield indices, output
@@ -221,7 +224,9 @@ def check_arguments(pipe: Any, own: Mapping[str, Any], shared: Mapping[str, Any]
         raise TypeError(f"{', '.join(sorted(reserved))} cannot be given: the sampler sets it from seed and batch_size")
     if twice := own.keys() & shared.keys():
         raise TypeError(f"{', '.join(sorted(twice))} is in inputs and in call; keep one")
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    # Pipelines of diffusers take any keyword for the sake of two deprecated ones, and ignore the others.
+    ignores = type(pipe).__module__.startswith("diffusers.")
+    open_ended = not ignores and any(p.kind is p.VAR_KEYWORD for p in known.values())
     if not open_ended and (unknown := (own.keys() | shared.keys() | {"generator"}) - known.keys()):
         raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
     if not own and not known.keys() & {"batch_size", "num_images_per_prompt"}:
@@ -307,6 +312,11 @@ class _Steps:
 
     def set_description(self, text: str) -> None:
         pass
+
+
+def _devices() -> list[int]:
+    """The GPU whose random state a run may touch."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 @contextmanager

@@ -170,5 +170,18 @@ def whole(path: Path) -> bool:
     if path.suffix == ".gif":
         return head.startswith(b"GIF8") and tail.endswith(b";")
     if path.suffix == ".mp4":
-        return head[4:8] == b"ftyp"
+        return head[4:8] == b"ftyp" and _whole_mp4(path, size)
     return head.startswith(b"RIFF") and size == 8 + int.from_bytes(head[4:8], "little")
+
+
+def _whole_mp4(path: Path, size: int) -> bool:
+    """Whether the boxes of an mp4 add up to its size, the index (moov) among them."""
+    end, kinds = 0, set()
+    with open(path, "rb") as file:
+        while len(head := file.read(16)) >= 8:
+            length = int.from_bytes(head[:4], "big")  # 1: 64 bits follow; 0: to the end of the file
+            length = int.from_bytes(head[8:], "big") if length == 1 else length or size - end
+            end += max(8, length)
+            kinds.add(head[4:8])
+            file.seek(end)
+    return end == size and b"moov" in kinds

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import typer
 from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object, parse_flag_from_env  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -64,7 +64,9 @@ def run(given: Options) -> None:
         ValueError, TypeError, OSError, ImportError: for options, a model or a folder that cannot be used, before anything is
             sampled; while sampling, for samples that are not finite, too little memory, or a full disk.
     """
-    state = PartialState(cpu=given.device == "cpu", timeout=timedelta(days=7))  # blocks of video take long
+    # Without a GPU accelerate joins processes only where it is told that the CPU is meant; blocks of video take long.
+    cpu = given.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     console = Console(stderr=True, quiet=not state.is_main_process)
     if state.num_processes > 1:  # one downloads, the others find it there
         _agreed(state, lambda: loading.find(given.model, given.variant) if state.is_main_process else None)
@@ -86,6 +88,8 @@ def run(given: Options) -> None:
         if state.is_main_process:
             overview = job.store.finish(job.blocks, _labels(job))
             _report(job, sum(map(len, absent)), time.perf_counter() - began, overview)
+    if state.num_processes > 1:
+        state.destroy_process_group()
 
 
 def prepare(given: Options, here: torch.device, console: Console) -> Job:
