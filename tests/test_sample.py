@@ -707,6 +707,8 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "sample.json").write_text("{")
     assert "is not JSON" in invoke(*DIGITS, "--output", tmp_path / "out", code=2)
+    assert "(10 drawn" in invoke(*DIGITS, "--output", tmp_path / "out", "--overwrite")
+    assert "all were there already" in invoke(*DIGITS, "--output", tmp_path / "out", "--overwrite")
     monkeypatch.setattr("os.access", lambda *_: False)
     line = invoke(*DIGITS, "--output", tmp_path / "new" / "folder", code=2)
     assert line == f"error: --output {tmp_path}/new/folder: {tmp_path} cannot be written; choose another folder"

@@ -76,14 +76,9 @@ def run(given: Options) -> None:
     state.wait_for_everyone()  # before anyone fills a gap that another has yet to see
     mine = absent[state.process_index :: state.num_processes]
     began = time.perf_counter()
+    title = f"process 1 of {state.num_processes}" if state.num_processes > 1 else "sampling"
     with store.disk_full_told(given.output):
-        draw(
-            job,
-            mine,
-            given.seed,
-            console,
-            f"process 1 of {state.num_processes}" if state.num_processes > 1 else "sampling",
-        )
+        draw(job, mine, given.seed, console, title)
         state.wait_for_everyone()
         if state.is_main_process:
             overview = job.store.finish(job.blocks, _labels(job))
@@ -250,6 +245,8 @@ def draw(job: Job, mine: Sequence[range], seed: int, console: Console, title: st
             flagged = getattr(output, "nsfw_content_detected", None) or ()
             if black := [str(i) for i, flag in zip(block, flagged, strict=False) if flag]:
                 bar.console.print(f"the model's safety checker blacked out {', '.join(black)}")
+            if number == 0 and job.kind == "video" and getattr(output, "audio", None) is not None:
+                bar.console.print("the sound of the videos is not written")
             job.store.write(block, samples, job.rate, [_note(job, index) for index in block])
             done, number = done + len(block), number + 1
             bar.update(task, completed=done)

@@ -69,14 +69,14 @@ class Store:
         settings = json.loads(json.dumps({"format": _FORMAT, **settings}))
         path = self.folder / SETTINGS
         _check_ours(self.folder)
-        stored = _read(path) if path.is_file() and not overwrite else None
-        if stored is not None and _samples(self.folder):
-            old, new = ({k: v for k, v in values.items() if k not in _LATER} for values in (stored, settings))
-            if found := first_difference(old, new):
+        if path.is_file() and _samples(self.folder):
+            found = first_difference(_compared(_read(path, overwrite)), _compared(settings))
+            if found is None:
+                return
+            if not overwrite:
                 place, old, new = found
                 raise ValueError(f"{self.folder} holds samples with {place} {old!r:.80}, this run has {new!r:.80}; choose another "
                                  "--output, or start anew with --overwrite")  # fmt: skip
-            return
         for file in _samples(self.folder):
             file.unlink()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
@@ -218,14 +218,20 @@ def _samples(folder: Path) -> list[Path]:
     return sorted((*found, *(folder / PARTS).glob("[0-9]*.npz")))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, overwrite: bool) -> dict[str, Any]:
+    """The settings in a folder; none where they cannot be read and are to be overwritten."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if overwrite:
+            return {}
         raise ValueError(f"{path} is not JSON ({error}); start anew with --overwrite") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} holds no settings; start anew with --overwrite")
-    return stored
+    return stored if isinstance(stored, dict) else {}
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal between a run and its resumption."""
+    return {key: value for key, value in settings.items() if key not in _LATER}
 
 
 def _json(settings: Mapping[str, Any]) -> str:
