@@ -121,7 +121,7 @@ def sample_images(
     def batches() -> Iterator[Tensor]:
         with _reporting(pipe, None):
             for indices, rows in _cut(pipe, own, range(start, start + count), batch_size):
-                output = pipe(**_batch(pipe, rows, shared), generator=_generators(seed, indices))
+                output = _draw(pipe, rows, shared, [rng.sample_seed(seed, i) for i in indices])
                 yield as_uint8(output.images if hasattr(output, "images") else output[0], indices)
 
     return batches()
@@ -186,10 +186,7 @@ def sample_outputs(
             rows = [own(i) for i in indices]
             check_arguments(pipe, rows[0], shared)
             try:
-                with torch.random.fork_rng(_devices()):
-                    # For what a pipeline draws past its generators: then at least a function of the block.
-                    torch.manual_seed(rng.sample_seed(seed, indices[0]))
-                    output = pipe(**_batch(pipe, rows, shared), generator=_generators(seed, indices))
+                output = _draw(pipe, rows, shared, [rng.sample_seed(seed, i) for i in indices])
             except ValueError as error:
                 raise ValueError(f"samples {indices[0]} to {indices[-1]}: {error}") from error
             yield indices, output
@@ -282,8 +279,13 @@ def _batch(pipe: Any, rows: list[Arguments], shared: Arguments) -> Arguments:  #
     return output_type | shared | {name: rows[0][name] for name in rows[0].keys() & whole} | own
 
 
-def _generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator("cpu").manual_seed(rng.sample_seed(seed, i)) for i in indices]
+def _draw(pipe: Any, rows: list[Arguments], shared: Arguments, seeds: Sequence[int]) -> Any:  # noqa: ANN401
+    """One call of the pipeline, with a seed for each sample."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with rng.default_seeds(seeds), torch.random.fork_rng(devices):
+        torch.manual_seed(seeds[0])  # what a pipeline draws past its generators is at least a function of the batch
+        return pipe(**_batch(pipe, rows, shared), generator=generators)
 
 
 class _Steps:
@@ -312,11 +314,6 @@ class _Steps:
 
     def set_description(self, text: str) -> None:
         pass
-
-
-def _devices() -> list[int]:
-    """The GPU whose random state a run may touch."""
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 @contextmanager

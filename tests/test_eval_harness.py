@@ -269,6 +269,23 @@ def test_samples_of_a_batch_share_what_holds_for_a_call(labelled: LabelPipeline)
             list(sample_outputs(labelled, [block], inputs=inputs))
 
 
+class ForgetfulPipeline(ShowPipeline):
+    """Keeps its generators from what draws the noise, as Flux does from ``scheduler.step``."""
+
+    def __call__(self, image: list[Any], generator: list[torch.Generator], **kwargs: object) -> tuple[Any]:
+        keyed = rng.normal((1, 4, 4), *rng.keys(None, len(image))) / 20 + 0.5
+        return (torch.cat([keyed.clamp(0, 1), torch.rand(1, 1, 4, 4).expand(len(image), -1, -1, -1)], dim=2),)
+
+
+def test_noise_past_the_generators_is_keyed_too() -> None:
+    pipe, state = ForgetfulPipeline(DDIMScheduler()), torch.get_rng_state()
+    images = sample(pipe, 6, inputs=[0], batch_size=3)
+    assert torch.equal(images, sample(pipe, 6, inputs=[0], batch_size=3))
+    assert torch.equal(images[:, :, :4], sample(pipe, 6, inputs=[0], batch_size=2)[:, :, :4])
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_images_that_are_not_finite_name_their_samples() -> None:
     images = torch.full((10, 1, 4, 4), 0.5, dtype=torch.float64)
     images[3, 0, 1, 1], images[7, 0, 0, 0] = math.nan, math.inf
