@@ -273,7 +273,7 @@ def test_labels_and_no_inputs(tmp_path: Path, models: Callable[[str], Path]) -> 
     assert pixels(tmp_path / "dit").shape[0] == 2
     invoke(models("ddpm"), "--steps", 2, "--count", 3, "--output", tmp_path / "ddpm")
     assert pixels(tmp_path / "ddpm").shape == (3, 8, 8, 3)
-    invoke(models("ddpm"), "--steps", 2, "--output", tmp_path / "one")
+    assert invoke(models("ddpm"), "--steps", 2, "--output", tmp_path / "one").startswith("1 image in")
     assert len(pixels(tmp_path / "one")) == 1
 
 

@@ -77,7 +77,7 @@ def content(output: Any, kind: Kind, indices: Sequence[int]) -> Tensor:  # noqa:
     """
     others = [other for other, field in _FIELDS.items() if hasattr(output, field)]
     if others and kind not in others:
-        raise ValueError(f"expected {kind} from the pipeline, got {others[0]}; choose --format {FORMATS[others[0]][0]}")
+        raise ValueError(f"expected {kind} from the pipeline by its parameters, got {others[0]}; call it in Python")
     values = getattr(output, _FIELDS[kind]) if others else output[0]
     if kind != "sound":
         return as_uint8(values, indices, video=kind == "video")

@@ -286,8 +286,8 @@ def _labels(job: Job) -> list[int] | None:
 
 def _report(job: Job, drawn: int, seconds: float, overview: Path | None) -> None:
     """The closing line."""
-    noun = {"image": "images", "video": "videos", "sound": "sounds"}[job.kind]
     count, folder = job.settings["count"], job.store.folder
+    noun = job.kind if count == 1 else f"{job.kind}s"
     speed = (
         f"{drawn} drawn in {_duration(seconds)}, {drawn / seconds:.3g} a second" if drawn else "all were there already"
     )
