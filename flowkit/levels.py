@@ -36,7 +36,9 @@ class Levels:
         if len(self.sigmas) < 2:
             raise ValueError(f"a grid needs at least a start and an end level, got {short(self.sigmas)}")
         if not all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
-            raise ValueError(f"the levels of a grid must strictly fall, got {short(self.sigmas)}")
+            raise ValueError(
+                f"the levels of a grid must strictly fall, got {short(self.sigmas)}; sort them, and drop repeats"
+            )
         top = 1.0 if self.path == "flow" else math.inf
         if not 0 <= self.sigmas[-1] < self.sigmas[0] <= top:
             cure = "; sigma/alpha above 1 belongs to the paths vp, cosine, ve and edm" if top == 1 else ""
@@ -165,7 +167,7 @@ class Levels:
 def check_steps(steps: int) -> None:
     """Raises ValueError where a number of steps is none."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number of at least 1, got {steps!r:.80}")
+        raise ValueError(f"the number of steps must be a whole number of at least 1, got {steps!r:.80}; 20 is usual")
 
 
 def short(values: Iterable[float]) -> str:

@@ -188,7 +188,8 @@ def vp(betas: Sequence[float]) -> Path:
     values = np.asarray(betas, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2 or not ((values > 0) & (values <= 1)).all():
         raise ValueError(
-            f"betas must be a list of at least two numbers in (0, 1], got {np.array2string(values, threshold=6)}"
+            f"betas must be a list of at least two numbers in (0, 1], got {np.array2string(values, threshold=6)}; correct "
+            "beta_start, beta_end or trained_betas"
         )
     alphas_cumprod = np.cumprod(1.0 - values)
     with np.errstate(divide="ignore"):

@@ -18,6 +18,7 @@ from flowkit.paths import Path
 from flowkit.schedulers import clipping, own_grids, plans, stock_classes, variances
 from flowkit.schedulers import stock as imitation
 from flowkit.schedulers.base import TableScheduler
+from flowkit.schedulers.checks import check_kinds
 from flowkit.schedulers.plans import Plan
 from flowkit.schedulers.stock_flow import FLOW
 from flowkit.schedulers.stock_spacing import CONVERSIONS
@@ -113,6 +114,10 @@ class RectifiedFlowScheduler(TableScheduler):
         stock: str | None = None,
     ) -> None:
         super().__init__()
+        defaults = {k: p.default for k, p in inspect.signature(type(self).__init__).parameters.items()}
+        check_kinds({k: v for k, v in self.config.items() if k in defaults}, defaults, type(self).__name__)
+        if stock is not None and stock not in stock_classes.CLASSES:
+            raise ValueError(f"unknown stock class {stock!r:.60}; make the scheduler with from_config, which names it")
         prediction_type = prediction_type or _NATURAL.get(path, "epsilon")
         predictions.pair(prediction_type, 1.0, 0.0)  # refuses an unknown type
         if noise not in ("diffusers", "keyed"):
@@ -188,10 +193,16 @@ class RectifiedFlowScheduler(TableScheduler):
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
             if not kwargs.get("solver"):
                 stock_classes.check_told(config)
-            values |= values.pop("flowkit", {})
+            hidden = values.pop("flowkit", {})
+            if not isinstance(hidden, Mapping):
+                raise ValueError(
+                    f"the hidden key 'flowkit' holds {hidden!r:.60}, not our settings; remove it from the file"
+                )
+            values |= hidden
         if kwargs.get("solver", values.get("solver")) != values.get("solver"):
             values = {k: v for k, v in values.items() if k not in _OF_SOLVER}
-        known = own | set(stock_classes.defaults(values["stock"]) if values.get("stock") else ())
+        stock = values.get("stock")
+        known = own | set(stock_classes.defaults(stock) if stock in stock_classes.CLASSES else ())
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(
                 f"unknown knob {unknown[0]!r} = {kwargs[unknown[0]]!r}; choose from {', '.join(sorted(known))}"

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import diffusers
 
+from flowkit.schedulers.checks import check_kinds
 from flowkit.schedulers.stock_spacing import CONVERSIONS, Config
 
 
@@ -94,6 +95,15 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "time_shift_type": ("exponential", "linear"),
     "sigma_schedule": ("karras", "exponential"),
+    "algorithm_type": (
+        "dpmsolver++",
+        "sde-dpmsolver++",
+        "dpmsolver",
+        "sde-dpmsolver",
+        "deis",
+        "data_prediction",
+        "noise_prediction",
+    ),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
 }
 
@@ -237,6 +247,7 @@ def check(values: Config) -> None:
     """Raises ValueError where parameters of a translated configuration contradict each other."""
     name = values["stock"]
     known = {k: values[k] for k in defaults(name) if k in values}
+    check_kinds(known, {**defaults(name), "eta": None, "variance_type": None}, name)  # None is our own default
     for key, allowed in _CHOICES.items():
         if key in known and known[key] not in allowed:
             raise ValueError(f"{name} with {key}={known[key]!r}: unknown; choose one of {', '.join(allowed)}")

@@ -594,7 +594,7 @@ def test_settings_without_samples_are_replaced(tmp_path: Path, monkeypatch: pyte
         (("digits", "--dtype", "int8"), "unknown --dtype 'int8'; choose auto, float32, bfloat16, float16"),
         (("digits", "--device", "tpux"), "unknown --device 'tpux'; choose auto, cpu, cuda, or another of torch's"),
         (("digits", "--solver", "magic"), "unknown solver 'magic'; choose one of euler, "),
-        (("digits", "--grid", "magic"), "unknown grid 'magic'; choose 'uniform'"),
+        (("digits", "--grid", "magic"), "unknown grid 'magic'; choose one of uniform"),
         (("digits", "--grid", "no/file.json"), "no grid file at no/file.json; check the path"),
         (("digits", "--scheduler", "DDIMSchedular"), "unknown --scheduler 'DDIMSchedular'; choose flowkit, keep, or a class of "
          "diffusers such as DDIMScheduler"),
