@@ -45,7 +45,8 @@ def run(pipe: Any, steps: int | None = 4, seed: int = 0, **arguments: Any) -> Te
     """
     family = next(family for family in PIPELINES.values() if type(pipe) is family.pipeline)
     call = {"num_inference_steps": steps, "generator": Generator().manual_seed(seed), **family.call, **arguments}
-    result = pipe(**{name: _cast(value, networks(pipe)[0].dtype) for name, value in call.items()})
+    dtype = next(networks(pipe)[0].parameters()).dtype
+    result = pipe(**{name: _cast(value, dtype) for name, value in call.items()})
     return torch.as_tensor(next(iter(result.values())))
 
 

@@ -52,7 +52,7 @@ def _pixart() -> Parts:
     return {**NO_TEXT, "vae": None, "transformer": diffusers.PixArtTransformer2DModel(**_DIT)}
 
 
-def _sana() -> Parts:
+def _sana(**config: Any) -> Parts:
     transformer = diffusers.SanaTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -65,8 +65,13 @@ def _sana() -> Parts:
         cross_attention_dim=16,
         caption_channels=16,
         sample_size=8,
+        **config,
     )
     return {**NO_TEXT, "vae": None, "transformer": transformer}
+
+
+def _sana_sprint() -> Parts:
+    return _sana(guidance_embeds=True, qk_norm="rms_norm_across_heads")
 
 
 def _aura_flow() -> Parts:
@@ -444,6 +449,20 @@ IMAGE: dict[str, Family] = {
         {**_PIXART, "height": 256, "width": 256},
         (DPM, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}),
     ),
+    "sana-sprint": Family(
+        diffusers.SanaSprintPipeline,
+        _sana_sprint,
+        {
+            **LATENT,
+            "height": 256,
+            "width": 256,
+            "prompt_embeds": random(1, 4, 16),
+            "prompt_attention_mask": torch.ones(1, 4, dtype=torch.long),
+            "use_resolution_binning": False,
+            "intermediate_timesteps": None,
+        },
+        ("SCMScheduler", {}),
+    ),
     "aura-flow": Family(diffusers.AuraFlowPipeline, _aura_flow, {**_TEXT, **masked()}, _shift(1.73)),
     "qwen-image": Family(
         diffusers.QwenImagePipeline,
@@ -495,7 +514,7 @@ IMAGE: dict[str, Family] = {
         {**_TEXT, **masked(dtype=torch.bool), "negative_prompt": None, "use_resolution_binning": False},
         _shift(3.0),
     ),
-    "bria": Family(diffusers.BriaPipeline, _bria, {**_TEXT, "height": 16, "width": 16}, _DYNAMIC),
+    "bria": Family(diffusers.BriaPipeline, _bria, {**_TEXT, "height": 16, "width": 16}, _shift(3.0)),
     "ovis-image": Family(diffusers.OvisImagePipeline, _ovis, {**_TEXT, "negative_prompt": None}, _DYNAMIC, calls=2),
     "kandinsky2.2": Family(diffusers.KandinskyV22Pipeline, _kandinsky2, _KANDINSKY, ("DDPMScheduler", _LEARNED)),
     "deepfloyd": Family(

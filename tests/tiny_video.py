@@ -302,6 +302,8 @@ def _cosmos() -> Parts:
 class _Harmless(torch.nn.Module):
     """In the place of the Cosmos guardrail, without which its pipelines do not start."""
 
+    device = torch.device("cpu")
+
     def check_text_safety(self, _prompt: str) -> bool:
         return True
 

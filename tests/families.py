@@ -1,0 +1,205 @@
+"""What is known of diffusers' pipelines with our scheduler; tests/test_families.py proves it and writes it into the docs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+
+from flowkit import RectifiedFlowScheduler
+from flowkit.solvers import SOLVERS
+
+from .tiny import PIPELINES, build, run
+
+# Of the tiny pipelines, those that no scheduler of ours can drive; `CANNOT` says why.
+_STUCK = ("mochi", "consistency", "lcm", "sana-sprint", "cosmos2")
+WORKING = [name for name in PIPELINES if name not in _STUCK]
+
+# They pass sigmas, take the number of calls for the number of steps, and slice by calls times calls: with more than one call a
+# step they begin too late.
+LATE = ("flux-img2img", "flux-inpaint", "qwen-image-img2img", "qwen-image-inpaint", "z-image-img2img", "chroma-img2img")
+# Their noise and input keep the scale 1, which Euler and Heun of diffusers do not expect.
+UNSCALED = ("ddpm", "dit", "kandinsky2.2")
+PER_TOKEN = ("ltx-condition",)
+
+NOTES = {
+    "ddpm": "stock Heun and UniPC refuse its generator, stock Euler gets noise of the wrong scale",
+    "dit": "stock Euler and Heun get noise of the wrong scale",
+    "kandinsky2.2": "stock Heun and UniPC refuse its generator, stock Euler gets noise of the wrong scale",
+    "sd15-inpaint": "inpainting by a mask at every step; stock UniPC forgets the mask",
+    "sdxl-inpaint": "inpainting by a mask at every step; stock UniPC forgets the mask",
+    "bria": "dynamic shifting is for FlowMatchEulerDiscreteScheduler itself only: swap with use_dynamic_shifting=False",
+    "cogview4": "always passes sigmas and timesteps, so from FlowMatchEulerDiscreteScheduler only",
+    "kandinsky5": "overwrites samples in place: stock Heun and UniPC read what was overwritten",
+    "ltx-condition": "a model time for each token: first-order solvers, without noise",
+    "ltx2": "a copy of the scheduler drives the sound",
+    "wan2.2": "two networks, by noise level",
+    "wan-i2v": "a model time for each token, with every solver",
+    "cogvideox": "pass the scheduler itself, `from_config(pipe.scheduler)`: its configuration does not tell DDIM from DPM",
+    "cogview3-plus": "pass the scheduler itself, `from_config(pipe.scheduler)`: its configuration does not tell DDIM from DPM",
+    "deepfloyd": "wants variance_type in the scheduler's configuration, as DDPMScheduler has it",
+    "stable-audio": "its own CosineDPMSolverMultistepScheduler needs torchsde, ours does not",
+    **dict.fromkeys(LATE, "two calls a step begin too late: raise strength, or use a solver of one call"),
+}
+
+_DISCRETE = "it denoises discrete tokens"
+_CASCADE = "DDPMWuerstchenScheduler has a clock of its own, and the pipeline tells the classes apart"
+_PRIOR = "passes prev_timestep to step"
+_OWN = "its scheduler is driven by other methods than step"
+_ALPHAS = "reads tables of the stock class (alphas_cumprod)"
+_SEEKS = "LTXEulerAncestralRFScheduler alone has the terminal among its timesteps, which the pipeline leaves out"
+
+# Classes of diffusers -> why our scheduler cannot drive them.
+CANNOT: dict[str, str] = {
+    "DDIMPipeline": "puts a DDIMScheduler in the place of any scheduler",
+    **dict.fromkeys(
+        ("LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL"),
+        "puts a DPMSolverMultistepScheduler in the place of all but that and DDIMScheduler",
+    ),
+    "LongCatAudioDiTPipeline": "puts a FlowMatchEulerDiscreteScheduler in the place of any other; its flow runs from 0 to 1",
+    "MochiPipeline": "its flow runs from 0 to 1 (invert_sigmas=True)",
+    **dict.fromkeys(("ConsistencyModelPipeline",), "a consistency model with boundary terms and a clock of its own"),
+    **dict.fromkeys(
+        ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        "passes original_inference_steps to set_timesteps",
+    ),
+    **dict.fromkeys(
+        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        "passes max_timesteps to set_timesteps and takes SCMScheduler's two results",
+    ),
+    **dict.fromkeys(
+        ("StableCascadePriorPipeline", "StableCascadeDecoderPipeline", "WuerstchenPriorPipeline", "WuerstchenDecoderPipeline"),
+        _CASCADE,
+    ),
+    "Cosmos2TextToImagePipeline": "passes rising sigmas, for levels up to 80 in flow-match formulas, and edits the scheduler's",
+    **dict.fromkeys(
+        ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"), "passes pred_original_sample to step"
+    ),
+    **dict.fromkeys(("AnyFlowPipeline", "AnyFlowFARPipeline"), "its model predicts mean velocities over whole steps"),
+    **dict.fromkeys(("LTXI2VLongMultiPromptPipeline",), _SEEKS),
+    "HeliosPyramidPipeline": "a pyramid of sizes; passes is_amplify_first_chunk to set_timesteps",
+    **dict.fromkeys(("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"), _PRIOR),
+    **dict.fromkeys(("UnCLIPPipeline", "UnCLIPImageVariationPipeline"), _PRIOR),
+    **dict.fromkeys(("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"), _DISCRETE),
+    **dict.fromkeys(("VQDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline"), _DISCRETE),
+    **dict.fromkeys(("KarrasVePipeline", "ScoreSdeVePipeline", "RePaintPipeline", "RFD4ProteinaPipeline"), _OWN),
+    **dict.fromkeys(("StableDiffusionSAGPipeline", "StableDiffusionPix2PixZeroPipeline"), _ALPHAS),
+    **dict.fromkeys(("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline", "StableDiffusionDiffEditPipeline"), _ALPHAS),
+}  # fmt: skip
+
+
+def stock_of(family: str) -> Any:
+    """The scheduler that the models of a family come with."""
+    name, config = PIPELINES[family].stock
+    return getattr(diffusers, name)(**config)
+
+
+def built(family: str, solver: str | None, **knobs: Any) -> Any:
+    """A pipeline with our scheduler in the place of its own."""
+    return build(family, RectifiedFlowScheduler.from_config(stock_of(family), solver=solver, **knobs))
+
+
+def steps_of(family: str) -> int:
+    """A number of steps of which four are executed."""
+    return round(4 / PIPELINES[family].strength)
+
+
+def solvers_of(family: str) -> list[str]:
+    """The solvers that give right results in a family."""
+    if family in PER_TOKEN:
+        return [name for name, solver in SOLVERS.items() if solver.first_order]
+    return [name for name, solver in SOLVERS.items() if family not in LATE or solver.stages == 1]
+
+
+@dataclass
+class Calls:
+    """What a pipeline hands to its scheduler.
+
+    Attributes:
+        passed: names of what reaches set_timesteps beside the number of steps and the device.
+        generators: for every step, whether it brought a generator.
+    """
+
+    passed: set[str] = field(default_factory=set)
+    generators: list[bool] = field(default_factory=list)
+
+
+class Listening(RectifiedFlowScheduler):
+    """Our scheduler, which notes what it is given; copies write into the same notes. ``noise_share`` is added as eta."""
+
+    calls = Calls()
+    noise_share = 0.0
+
+    @functools.wraps(RectifiedFlowScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(RectifiedFlowScheduler.set_timesteps).bind(self, *args, **kwargs).arguments
+        self.calls.passed |= {name for name in ("timesteps", "sigmas", "mu") if given.get(name) is not None}
+        super().set_timesteps(*args, **kwargs)
+
+    @functools.wraps(RectifiedFlowScheduler.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.generators.append(kwargs.get("generator") is not None)
+        return super().step(*args, **kwargs | ({"eta": self.noise_share} if self.noise_share else {}))
+
+
+@functools.cache
+def listened(family: str) -> Calls:
+    """What the pipeline of a family hands to its scheduler in the call of tests/tiny.py."""
+    Listening.calls = Calls()
+    run(build(family, Listening.from_config(stock_of(family), solver="euler")), steps_of(family))
+    return Listening.calls
+
+
+def accepts(pipeline: Any) -> str:
+    """Which lists of a grid the call of a pipeline takes from its user."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return ", ".join(f"`{name}`" for name in ("sigmas", "timesteps") if name in known) or "neither"
+
+
+def table() -> str:
+    """The table of the families, in Markdown."""
+    lines = [
+        "| family | pipeline | takes | passes | noise | solvers | notes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in WORKING:
+        calls, pipeline = listened(family), PIPELINES[family].pipeline
+        passes = ", ".join(f"`{name}`" for name in sorted(calls.passed)) or "neither"
+        noise = "none" if family in PER_TOKEN else "`generator`" if all(calls.generators) else "global"
+        which = "first-order" if family in PER_TOKEN else "one call a step" if family in LATE else "all"
+        row = (family, pipeline.__name__, accepts(pipeline), passes, noise, which, NOTES.get(family, ""))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def refusals() -> str:
+    """The list of the pipelines that our scheduler cannot drive, in Markdown."""
+    reasons: dict[str, list[str]] = {}
+    for pipeline, reason in CANNOT.items():
+        reasons.setdefault(reason, []).append(pipeline)
+    return "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())
+
+
+def untested() -> str:
+    """The list of the other pipelines of diffusers with a scheduler, in Markdown."""
+    known = {family.pipeline.__name__ for family in PIPELINES.values()} | CANNOT.keys()
+    found: dict[str, list[str]] = {}
+    for pipeline in _pipelines():
+        if pipeline.__name__ not in known:
+            found.setdefault(accepts(pipeline), []).append(pipeline.__name__)
+    return "\n".join(f"- takes {key}: {', '.join(names)}." for key, names in sorted(found.items()))
+
+
+def _pipelines() -> list[Any]:
+    """The pipelines of diffusers that have a scheduler; this imports them all."""
+    found = []
+    for name in dir(diffusers):
+        # Modular ones are assembled from blocks; those for ONNX have numpy in the place of tensors.
+        if name.endswith("Pipeline") and not name.startswith("Onnx") and "Modular" not in name:
+            pipeline = getattr(diffusers, name)
+            if any("scheduler" in argument for argument in inspect.signature(pipeline.__init__).parameters):
+                found.append(pipeline)
+    return found

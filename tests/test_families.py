@@ -1,0 +1,269 @@
+"""Our scheduler in the pipelines of diffusers: every family with every solver, and the table of it in docs/families.md."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from flowkit import RectifiedFlowScheduler, solvers
+from flowkit.paths import Path as ModelPath
+from flowkit.solvers import SOLVERS
+
+from . import families
+from .families import LATE, PER_TOKEN, UNSCALED, WORKING, built, listened, solvers_of, steps_of, stock_of
+from .swaps import difference, stock, watched
+from .tiny import PIPELINES, build, networks, run
+from .tiny_parts import DDIM, DPM, EULER, FLOW, HEUN, MATCH, MATCH_HEUN, SD, UNIPC, V
+
+# What Stable Diffusion says when it rewrites a configuration, and numpy of the stock classes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+Params = list[Any]
+_AT_ONCE = 3  # solvers of each family in the short run, others in the next, so that all of them appear
+
+
+def _cells() -> Params:
+    """Every family with every solver that is right there; what the short run leaves out is marked slow."""
+    names, cells = list(SOLVERS), []
+    for i, family in enumerate(WORKING):
+        now = {names[(_AT_ONCE * i + k) % len(names)] for k in range(_AT_ONCE)}
+        for solver in solvers_of(family):
+            marks = () if solver in now or family in PER_TOKEN else pytest.mark.slow
+            cells.append(pytest.param(family, solver, marks=marks))
+    return cells
+
+
+@functools.cache
+def _result(family: str, solver: str) -> tuple[Tensor, int, int, ModelPath]:
+    """Images; network calls made and wanted; path."""
+    pipe = built(family, solver)
+    known, steps = PIPELINES[family], steps_of(family)
+    with watched(pipe) as outputs:
+        images = run(pipe, steps)
+    scheduler = pipe.scheduler
+    first = round(steps * (1 - known.strength)) * scheduler.order
+    return images, len(outputs), known.calls * (len(scheduler.timesteps) - first), scheduler.path
+
+
+@pytest.mark.parametrize(("family", "solver"), _cells())
+def test_solver_in_family(family: str, solver: str) -> None:
+    images, calls, wanted, path = _result(family, solver)
+    assert images.isfinite().all()
+    assert calls == wanted
+    change = difference(images, _result(family, "euler")[0])
+    assert change < 1e-5 if _method(solver, path) == _method("euler", path) else change > 1e-4
+
+
+def _method(name: str, path: ModelPath) -> solvers.Solver:
+    """What a solver is but for its name; with one prediction held, every gauge says the same."""
+    method = replace(solvers.solver(name, path), name="", facts="")
+    return replace(method, gauge=None, tau="u") if method.first_order else method
+
+
+def test_the_short_run_meets_every_solver() -> None:
+    met = {cell.values[1] for cell in _cells() if not cell.marks}
+    assert met == set(SOLVERS)
+
+
+# Stock results.
+
+_TRAILING = {**SD, **V, "timestep_spacing": "trailing"}
+_CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "vp": [
+        (DDIM, {**_TRAILING, "clip_sample": False}),
+        *((name, _TRAILING) for name in (EULER, HEUN, DPM, UNIPC)),
+    ],
+    "flow": [*((name, {"shift": 3.0}) for name in (MATCH, MATCH_HEUN)), *((name, FLOW) for name in (DPM, UNIPC))],
+    "edm": [(f"EDM{name}Scheduler", {"sigma_data": 1.0, **V}) for name in ("Euler", "DPMSolverMultistep")],
+}
+# What is compared otherwise, or cannot be: stock results that are wrong, or none.
+_WRONG = {
+    **{(family, name): "it gets noise and input of the wrong scale" for family in UNSCALED for name in (EULER, HEUN)},
+    **{(f"{family}-inpaint", UNIPC): "it forgets the mask" for family in ("sd15", "sdxl")},
+    **{("kandinsky5", name): "its samples are overwritten" for name in (MATCH_HEUN, UNIPC)},
+    **{(family, name): "the solver is not Euler's" for family in PER_TOKEN for name in (MATCH_HEUN, DPM, UNIPC)},
+    **{("cogview4", name): "it takes no two lists" for name in (MATCH_HEUN, DPM, UNIPC)},
+}
+
+
+def _imitable(family: str) -> list[tuple[str, dict[str, Any]]]:
+    """Stock schedulers that walk a family's path, its own first where its solver is in flowkit."""
+    name, config = PIPELINES[family].stock
+    path = RectifiedFlowScheduler.from_config(stock_of(family), solver="euler").path.name
+    kept = {k: "fixed_small" for k in config if k == "variance_type"}  # by which some pipelines know what to pass on
+    found = [(other, {**kept, **values}) for other, values in _CLASSES[path] if (family, other) not in _WRONG]
+    try:
+        RectifiedFlowScheduler.from_config(stock_of(family))
+    except ValueError:
+        return found
+    return [(name, dict(config)), *found]
+
+
+def _imitations() -> Params:
+    """Families with stock schedulers: the first in the short run."""
+    return [
+        pytest.param(family, *case, id=f"{family}-{case[0]}-{i}", marks=pytest.mark.slow if i else ())
+        for family in WORKING
+        for i, case in enumerate(_imitable(family))
+    ]
+
+
+@pytest.mark.parametrize(("family", "name", "config"), _imitations())
+def test_stock_configuration_gives_the_stock_images(family: str, name: str, config: dict[str, Any]) -> None:
+    scheduler = getattr(diffusers, name).from_config(config)
+    ours = run(build(family, RectifiedFlowScheduler.from_config(scheduler)), steps_of(family))
+    try:
+        theirs = run(build(family, scheduler), steps_of(family))
+    except (TypeError, ValueError, AttributeError, AssertionError):
+        # The pipeline cannot drive the stock class: no list of sigmas, no mu, no scale_noise.
+        assert name != PIPELINES[family].stock[0]
+        assert ours.isfinite().all()
+        return
+    assert difference(ours, theirs) < 1e-5
+
+
+# Image to image.
+
+
+@pytest.mark.parametrize("family", [name for name in WORKING if PIPELINES[name].strength < 1])
+def test_strength_begins_in_the_middle(family: str) -> None:
+    pipe = built(family, "dpm++2m")
+    counts = []
+    for strength in (0.25, 0.5):
+        with watched(pipe) as outputs:
+            run(pipe, 8, strength=strength)
+        counts.append(len(outputs))
+        assert pipe.scheduler.begin_index in (None, 8 - 8 * strength)
+        assert pipe.scheduler.step_index == 8
+    calls = PIPELINES[family].calls
+    assert counts == [2 * calls, 4 * calls]
+
+
+@pytest.mark.parametrize("family", LATE)
+def test_two_calls_a_step_begin_too_late_where_calls_are_taken_for_steps(family: str) -> None:
+    pipe = built(family, "heun")
+    with watched(pipe) as outputs:
+        run(pipe, 8, strength=0.5)
+    assert len(outputs) == PIPELINES[family].calls  # of 7 for half of 8 steps; stock Heun is refused there
+    with watched(pipe) as outputs:
+        run(pipe, 8, strength=1.0)
+    assert len(outputs) == PIPELINES[family].calls * 15
+
+
+# Noise.
+
+
+@pytest.mark.parametrize("family", [name for name in WORKING if name not in PER_TOKEN])
+def test_noise_comes_from_the_generator_where_the_pipeline_passes_one(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = all(listened(family).generators)
+    monkeypatch.setattr(families.Listening, "noise_share", 1.0)
+    pipe = build(family, families.Listening.from_config(stock_of(family), solver="euler"))
+    images = []
+    for seed in (1, 1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            images.append(run(pipe, steps_of(family)))
+    assert difference(images[1], images[0]) == 0
+    assert difference(images[2], images[0]) == 0 if passed else difference(images[2], images[0]) > 1e-3
+    assert difference(images[0], _result(family, "euler")[0]) > 1e-3
+
+
+# Quirks that the table notes.
+
+
+@pytest.mark.parametrize("name", [MATCH_HEUN, UNIPC])
+def test_kandinsky5_overwrites_what_stock_classes_keep(name: str) -> None:
+    config = dict(_CLASSES["flow"])[name]
+    pipe = build("kandinsky5", stock(name, **config))
+    theirs = run(pipe)
+    step = pipe.scheduler.step
+
+    def on_copies(output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+        return step(output, timestep, sample.clone(), **kwargs)
+
+    pipe.scheduler.step = on_copies
+    right = run(pipe)
+    pipe = build("kandinsky5", RectifiedFlowScheduler.from_config(stock(name, **config)))
+    assert difference(run(pipe), right) < 1e-5
+    assert difference(theirs, right) > 1e-3
+
+
+def test_ltx2_drives_the_sound_with_a_copy() -> None:
+    pipe = built("ltx2", "unipc")
+    result = pipe(**PIPELINES["ltx2"].call, num_inference_steps=4, generator=torch.Generator().manual_seed(0))
+    alone = built("ltx2", "unipc")
+    again = alone(**PIPELINES["ltx2"].call, num_inference_steps=4, generator=torch.Generator().manual_seed(0))
+    assert result.audio.isfinite().all()
+    assert torch.equal(result.audio, again.audio)
+    assert pipe.scheduler.step_index == 4
+
+
+def test_wan_changes_networks_at_its_boundary() -> None:
+    pipe = built("wan2.2", "unipc")
+    counts = {}
+    for network in networks(pipe):
+        handle = network.register_forward_hook(lambda net, *_: counts.update({net: counts.get(net, 0) + 1}))
+        run(pipe)
+        handle.remove()
+    above = int((pipe.scheduler.timesteps >= 0.7 * 1000).sum())
+    assert 0 < above < 4
+    assert list(counts.values()) == [2 * above, 2 * (4 - above)]
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if not SOLVERS[name].first_order])
+def test_per_token_times_are_refused_with_other_solvers(solver: str) -> None:
+    with pytest.raises(ValueError, match="per_token_timesteps need a first-order solver on the flow path"):
+        run(built("ltx-condition", solver))
+
+
+# The documentation.
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+def _block(name: str, text: str, write: bool) -> tuple[str, str]:
+    """What is between the markers of a name in the page, once the text is written there if wanted; and the text."""
+    begin, end = (
+        f"<!-- {name}: written by `pytest tests/test_families.py --run-slow --write-docs` -->\n",
+        f"\n<!-- end of {name} -->",
+    )
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(begin)
+    found, _, tail = rest.partition(end)
+    if write:
+        PAGE.write_text(f"{head}{begin}{text}{end}{tail}", encoding="utf-8")
+        found = text
+    return found, text
+
+
+def _same_diffusers() -> None:
+    version = ".".join(diffusers.__version__.split(".")[:2])
+    if f"diffusers {version}" not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip(f"docs/families.md is about another diffusers than {version}; write it anew with --write-docs")
+
+
+def test_the_table_in_the_docs_is_true(pytestconfig: pytest.Config) -> None:
+    _same_diffusers()
+    write = pytestconfig.getoption("--write-docs")
+    for name, text in (("families", families.table()), ("refusals", families.refusals())):
+        found, wanted = _block(name, text, write)
+        assert found == wanted
+
+
+@pytest.mark.slow
+def test_the_list_of_untested_pipelines_in_the_docs_is_true(pytestconfig: pytest.Config) -> None:
+    _same_diffusers()
+    found, wanted = _block("untested", families.untested(), pytestconfig.getoption("--write-docs"))
+    assert found == wanted
