@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 
 from flowkit import RectifiedFlowScheduler
+from flowkit.schedulers.stock_classes import REFUSED
 from flowkit.solvers import SOLVERS
 
 from .tiny import PIPELINES, build, run
@@ -28,9 +29,7 @@ PER_TOKEN = ("ltx-condition",)
 NOTES = {
     "ddpm": "stock Heun and UniPC refuse its generator, stock Euler gets noise of the wrong scale",
     "dit": "stock Euler and Heun get noise of the wrong scale",
-    "kandinsky2.2": "stock Heun and UniPC refuse its generator, stock Euler gets noise of the wrong scale",
-    "sd15-inpaint": "inpainting by a mask at every step; stock UniPC forgets the mask",
-    "sdxl-inpaint": "inpainting by a mask at every step; stock UniPC forgets the mask",
+    "kandinsky2.2": "stock Heun and UniPC refuse its generator, stock Euler gets input of the wrong scale",
     "bria": "dynamic shifting is for FlowMatchEulerDiscreteScheduler itself only: swap with use_dynamic_shifting=False",
     "cogview4": "always passes sigmas and timesteps, so from FlowMatchEulerDiscreteScheduler only",
     "kandinsky5": "overwrites samples in place: stock Heun and UniPC read what was overwritten",
@@ -45,12 +44,30 @@ NOTES = {
     **dict.fromkeys(LATE, "two calls a step begin too late: raise strength, or use a solver of one call"),
 }
 
-_DISCRETE = "it denoises discrete tokens"
-_CASCADE = "DDPMWuerstchenScheduler has a clock of its own, and the pipeline tells the classes apart"
+# Pipelines made for classes that cannot be imitated.
+MADE_FOR = {
+    "ConsistencyModelPipeline": "CMStochasticIterativeScheduler",
+    **dict.fromkeys(("StableCascadePriorPipeline", "StableCascadeDecoderPipeline"), "DDPMWuerstchenScheduler"),
+    **dict.fromkeys(("WuerstchenPriorPipeline", "WuerstchenDecoderPipeline"), "DDPMWuerstchenScheduler"),
+    **dict.fromkeys(("AnyFlowPipeline", "AnyFlowFARPipeline"), "FlowMapEulerDiscreteScheduler"),
+    **dict.fromkeys(("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"), "AmusedScheduler"),
+    "VQDiffusionPipeline": "VQDiffusionScheduler",
+    "LLaDA2Pipeline": "BlockRefinementScheduler",
+    "DiffusionGemmaPipeline": "BlockRefinementScheduler",
+    "KarrasVePipeline": "KarrasVeScheduler",
+    "ScoreSdeVePipeline": "ScoreSdeVeScheduler",
+    "RePaintPipeline": "RePaintScheduler",
+    "RFD4ProteinaPipeline": "RFD4ProteinaScheduler",
+}
+
 _PRIOR = "passes prev_timestep to step"
-_OWN = "its scheduler is driven by other methods than step"
-_ALPHAS = "reads tables of the stock class (alphas_cumprod)"
-_SEEKS = "LTXEulerAncestralRFScheduler alone has the terminal among its timesteps, which the pipeline leaves out"
+# What they read of their scheduler, and only some stock classes have.
+READ = {
+    "StableDiffusionSAGPipeline": "alphas_cumprod",
+    "TextToVideoZeroPipeline": "alphas",
+    "TextToVideoZeroSDXLPipeline": "alphas",
+    "StableDiffusionParadigmsPipeline": "batch_step_no_noise",
+}
 
 # Classes of diffusers -> why our scheduler cannot drive them.
 CANNOT: dict[str, str] = {
@@ -61,33 +78,19 @@ CANNOT: dict[str, str] = {
     ),
     "LongCatAudioDiTPipeline": "puts a FlowMatchEulerDiscreteScheduler in the place of any other; its flow runs from 0 to 1",
     "MochiPipeline": "its flow runs from 0 to 1 (invert_sigmas=True)",
-    **dict.fromkeys(("ConsistencyModelPipeline",), "a consistency model with boundary terms and a clock of its own"),
+    "LTXI2VLongMultiPromptPipeline": "leaves out the last timestep, which only LTXEulerAncestralRFScheduler has at the terminal",
+    "Cosmos2TextToImagePipeline": "passes rising sigmas, which stand for levels up to 80, and edits those of its scheduler",
     **dict.fromkeys(
         ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
         "passes original_inference_steps to set_timesteps",
     ),
-    **dict.fromkeys(
-        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
-        "passes max_timesteps to set_timesteps and takes SCMScheduler's two results",
-    ),
-    **dict.fromkeys(
-        ("StableCascadePriorPipeline", "StableCascadeDecoderPipeline", "WuerstchenPriorPipeline", "WuerstchenDecoderPipeline"),
-        _CASCADE,
-    ),
-    "Cosmos2TextToImagePipeline": "passes rising sigmas, for levels up to 80 in flow-match formulas, and edits the scheduler's",
-    **dict.fromkeys(
-        ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"), "passes pred_original_sample to step"
-    ),
-    **dict.fromkeys(("AnyFlowPipeline", "AnyFlowFARPipeline"), "its model predicts mean velocities over whole steps"),
-    **dict.fromkeys(("LTXI2VLongMultiPromptPipeline",), _SEEKS),
-    "HeliosPyramidPipeline": "a pyramid of sizes; passes is_amplify_first_chunk to set_timesteps",
+    **dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), "passes max_timesteps to set_timesteps"),
+    **dict.fromkeys(("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"), "passes pred_original_sample to step"),
+    "HeliosPyramidPipeline": "passes is_amplify_first_chunk to set_timesteps, for a pyramid of sizes",
     **dict.fromkeys(("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"), _PRIOR),
     **dict.fromkeys(("UnCLIPPipeline", "UnCLIPImageVariationPipeline"), _PRIOR),
-    **dict.fromkeys(("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"), _DISCRETE),
-    **dict.fromkeys(("VQDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline"), _DISCRETE),
-    **dict.fromkeys(("KarrasVePipeline", "ScoreSdeVePipeline", "RePaintPipeline", "RFD4ProteinaPipeline"), _OWN),
-    **dict.fromkeys(("StableDiffusionSAGPipeline", "StableDiffusionPix2PixZeroPipeline"), _ALPHAS),
-    **dict.fromkeys(("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline", "StableDiffusionDiffEditPipeline"), _ALPHAS),
+    **{pipeline: f"reads {name} of a stock class" for pipeline, name in READ.items()},
+    **{pipeline: f"made for {name}: {REFUSED[name][0]}" for pipeline, name in MADE_FOR.items()},
 }  # fmt: skip
 
 
@@ -133,14 +136,14 @@ class Listening(RectifiedFlowScheduler):
     calls = Calls()
     noise_share = 0.0
 
-    @functools.wraps(RectifiedFlowScheduler.set_timesteps)
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(RectifiedFlowScheduler.set_timesteps)  # pipelines look for names in the signature
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         given = inspect.signature(RectifiedFlowScheduler.set_timesteps).bind(self, *args, **kwargs).arguments
         self.calls.passed |= {name for name in ("timesteps", "sigmas", "mu") if given.get(name) is not None}
         super().set_timesteps(*args, **kwargs)
 
     @functools.wraps(RectifiedFlowScheduler.step)
-    def step(self, *args: Any, **kwargs: Any) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         self.calls.generators.append(kwargs.get("generator") is not None)
         return super().step(*args, **kwargs | ({"eta": self.noise_share} if self.noise_share else {}))
 
@@ -148,9 +151,9 @@ class Listening(RectifiedFlowScheduler):
 @functools.cache
 def listened(family: str) -> Calls:
     """What the pipeline of a family hands to its scheduler in the call of tests/tiny.py."""
-    Listening.calls = Calls()
+    Listening.calls = calls = Calls()
     run(build(family, Listening.from_config(stock_of(family), solver="euler")), steps_of(family))
-    return Listening.calls
+    return calls
 
 
 def accepts(pipeline: Any) -> str:

@@ -89,7 +89,6 @@ _CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 # What is compared otherwise, or cannot be: stock results that are wrong, or none.
 _WRONG = {
     **{(family, name): "it gets noise and input of the wrong scale" for family in UNSCALED for name in (EULER, HEUN)},
-    **{(f"{family}-inpaint", UNIPC): "it forgets the mask" for family in ("sd15", "sdxl")},
     **{("kandinsky5", name): "its samples are overwritten" for name in (MATCH_HEUN, UNIPC)},
     **{(family, name): "the solver is not Euler's" for family in PER_TOKEN for name in (MATCH_HEUN, DPM, UNIPC)},
     **{("cogview4", name): "it takes no two lists" for name in (MATCH_HEUN, DPM, UNIPC)},
