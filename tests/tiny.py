@@ -50,6 +50,11 @@ def run(pipe: Any, steps: int | None = 4, seed: int = 0, **arguments: Any) -> Te
     return torch.as_tensor(next(iter(result.values())))
 
 
+def parts(family: str) -> Parts:
+    """The components of a family but for the scheduler."""
+    return _parts(PIPELINES[family].parts, torch.float32)
+
+
 def networks(pipe: Any) -> list[torch.nn.Module]:
     """The networks that a pipeline calls at a timestep, or takes turns with."""
     parts = (pipe.components.get(name) for name in ("unet", "transformer", "transformer_2"))
