@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,15 @@ LATE = ("flux-img2img", "flux-inpaint", "qwen-image-img2img", "qwen-image-inpain
 # Their noise and input keep the scale 1, which Euler and Heun of diffusers do not expect.
 UNSCALED = ("ddpm", "dit", "kandinsky2.2")
 PER_TOKEN = ("ltx-condition",)
+# They have an argument for timesteps and fail with it: they always pass sigmas too, or set the grid again by number.
+DEAF = ("ltx", "ltx-i2v", "bria", "allegro")
 
 NOTES = {
     "ddpm": "stock Heun and UniPC refuse its generator, stock Euler gets noise of the wrong scale",
     "dit": "stock Euler and Heun get noise of the wrong scale",
     "kandinsky2.2": "stock Heun and UniPC refuse its generator, stock Euler gets input of the wrong scale",
-    "bria": "dynamic shifting is for FlowMatchEulerDiscreteScheduler itself only: swap with use_dynamic_shifting=False",
+    **dict.fromkeys(("ltx", "ltx-i2v", "allegro"), "its argument timesteps fails"),
+    "bria": "its argument timesteps fails; swap with use_dynamic_shifting=False: the shift is for its own class only",
     "cogview4": "always passes sigmas and timesteps, so from FlowMatchEulerDiscreteScheduler only",
     "kandinsky5": "overwrites samples in place: stock Heun and UniPC read what was overwritten",
     "ltx-condition": "a model time for each token: first-order solvers, without noise",
@@ -156,10 +160,19 @@ def listened(family: str) -> Calls:
     return calls
 
 
-def accepts(pipeline: Any) -> str:
-    """Which lists of a grid the call of a pipeline takes from its user."""
+def accepts(pipeline: Any) -> list[str]:
+    """Which lists of a grid the call of a pipeline has arguments for."""
     known = inspect.signature(pipeline.__call__).parameters
-    return ", ".join(f"`{name}`" for name in ("sigmas", "timesteps") if name in known) or "neither"
+    return [name for name in ("sigmas", "timesteps") if name in known]
+
+
+def takes(family: str) -> list[str]:
+    """Which lists of a grid a family really takes from its user."""
+    return [] if family in DEAF else accepts(PIPELINES[family].pipeline)
+
+
+def _spelled(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "neither"
 
 
 def table() -> str:
@@ -169,11 +182,11 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for family in WORKING:
-        calls, pipeline = listened(family), PIPELINES[family].pipeline
-        passes = ", ".join(f"`{name}`" for name in sorted(calls.passed)) or "neither"
+        calls, pipeline = listened(family), PIPELINES[family].pipeline.__name__
         noise = "none" if family in PER_TOKEN else "`generator`" if all(calls.generators) else "global"
         which = "first-order" if family in PER_TOKEN else "one call a step" if family in LATE else "all"
-        row = (family, pipeline.__name__, accepts(pipeline), passes, noise, which, NOTES.get(family, ""))
+        passes = _spelled(sorted(calls.passed))
+        row = (family, pipeline, _spelled(takes(family)), passes, noise, which, NOTES.get(family, ""))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -192,7 +205,7 @@ def untested() -> str:
     found: dict[str, list[str]] = {}
     for pipeline in _pipelines():
         if pipeline.__name__ not in known:
-            found.setdefault(accepts(pipeline), []).append(pipeline.__name__)
+            found.setdefault(_spelled(accepts(pipeline)), []).append(pipeline.__name__)
     return "\n".join(f"- takes {key}: {', '.join(names)}." for key, names in sorted(found.items()))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowkit import RectifiedFlowScheduler, solvers
+from flowkit import Grid, RectifiedFlowScheduler, solvers
 from flowkit.paths import Path as ModelPath
 from flowkit.solvers import SOLVERS
 
@@ -159,6 +159,54 @@ def test_two_calls_a_step_begin_too_late_where_calls_are_taken_for_steps(family:
     assert len(outputs) == PIPELINES[family].calls * 15
 
 
+# Grids.
+
+_LISTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vp": (DPM, {**SD, **V, "solver_order": 1}),
+    "flow": (MATCH, {}),
+    "edm": ("EDMEulerScheduler", {"sigma_data": 1.0, **V}),
+}
+
+
+def _grid(path: ModelPath, steps: int) -> tuple[Grid, dict[str, list[float]]]:
+    """An uneven grid, and the lists that give it to a stock class without shift."""
+    shares = [round((1 - i / steps) ** 1.5, 3) for i in range(steps)]
+    times = [round(950 * share) if path.name == "vp" else 1000 * share for share in shares]
+    if path.name == "vp":
+        levels = [path.level(path.at_time(t)) for t in times]
+        return Grid((*levels, 0.0), "vp", timesteps=tuple(times)), {"timesteps": times}
+    if path.name == "flow":
+        return Grid((*shares, 0.0)), {"sigmas": shares, "timesteps": times}
+    return Grid((*(60 * share for share in shares), 0.0), path.name), {}
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_a_grid_is_what_its_list_is_in_stock(family: str) -> None:
+    name, config = _LISTED[built(family, "euler").scheduler.path.name]
+    pipe, steps = build(family, RectifiedFlowScheduler.from_config(stock(name, **config))), steps_of(family)
+    without = run(pipe, steps)
+    grid, lists = _grid(pipe.scheduler.path, steps)
+    pipe.scheduler.set_grid(grid)
+    ours = run(pipe, steps)
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(grid.sigmas)
+    assert difference(ours, without) > 1e-3
+    taken = {key: values for key, values in lists.items() if key in families.takes(family)}
+    if len(taken) == 2 and family != "cogview4":  # the others take one at a time
+        del taken["timesteps"]
+    if taken:
+        arguments: dict[str, Any] = dict(taken)
+        theirs = run(build(family, stock(name, **config)), steps, **arguments)
+        assert difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("family", families.DEAF)
+def test_pipelines_that_have_an_argument_for_timesteps_and_fail_with_it(family: str) -> None:
+    name, config = _LISTED[built(family, "euler").scheduler.path.name]
+    for scheduler in (stock(name, **config), RectifiedFlowScheduler.from_config(stock(name, **config))):
+        with pytest.raises((ValueError, IndexError), match=r"Only one of|out of bounds|all 4 steps are done|not one of"):
+            run(build(family, scheduler), 4, timesteps=[950, 700, 500, 300, 100])
+
+
 # Noise.
 
 
@@ -232,19 +280,17 @@ def test_per_token_times_are_refused_with_other_solvers(solver: str) -> None:
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 
-def _block(name: str, text: str, write: bool) -> tuple[str, str]:
-    """What is between the markers of a name in the page, once the text is written there if wanted; and the text."""
-    begin, end = (
-        f"<!-- {name}: written by `pytest tests/test_families.py --run-slow --write-docs` -->\n",
-        f"\n<!-- end of {name} -->",
-    )
+def _documented(name: str, text: str, write: bool) -> str:
+    """What is between the markers of a name in the page; the text, once it is written there if wanted."""
     page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(begin)
-    found, _, tail = rest.partition(end)
+    head, begin, rest = page.partition(f"<!-- {name} -->\n")
+    found, end, tail = rest.partition(f"\n<!-- end of {name} -->\n")
+    assert begin
+    assert end
     if write:
-        PAGE.write_text(f"{head}{begin}{text}{end}{tail}", encoding="utf-8")
-        found = text
-    return found, text
+        PAGE.write_text("".join((head, begin, text, end, tail)), encoding="utf-8")
+        return text
+    return found
 
 
 def _same_diffusers() -> None:
@@ -257,12 +303,11 @@ def test_the_table_in_the_docs_is_true(pytestconfig: pytest.Config) -> None:
     _same_diffusers()
     write = pytestconfig.getoption("--write-docs")
     for name, text in (("families", families.table()), ("refusals", families.refusals())):
-        found, wanted = _block(name, text, write)
-        assert found == wanted
+        assert _documented(name, text, write) == text
 
 
 @pytest.mark.slow
 def test_the_list_of_untested_pipelines_in_the_docs_is_true(pytestconfig: pytest.Config) -> None:
     _same_diffusers()
-    found, wanted = _block("untested", families.untested(), pytestconfig.getoption("--write-docs"))
-    assert found == wanted
+    text = families.untested()
+    assert _documented("untested", text, pytestconfig.getoption("--write-docs")) == text
