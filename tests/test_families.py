@@ -203,7 +203,9 @@ def test_a_grid_is_what_its_list_is_in_stock(family: str) -> None:
 def test_pipelines_that_have_an_argument_for_timesteps_and_fail_with_it(family: str) -> None:
     name, config = _LISTED[built(family, "euler").scheduler.path.name]
     for scheduler in (stock(name, **config), RectifiedFlowScheduler.from_config(stock(name, **config))):
-        with pytest.raises((ValueError, IndexError), match=r"Only one of|out of bounds|all 4 steps are done|not one of"):
+        with pytest.raises(
+            (ValueError, IndexError), match=r"Only one of|out of bounds|all 4 steps are done|not one of"
+        ):
             run(build(family, scheduler), 4, timesteps=[950, 700, 500, 300, 100])
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from . import tiny_parts as t
 from .tiny_image import IMAGE
 from .tiny_parts import Family, Parts
+from .tiny_variants import VARIANTS
 from .tiny_video import VIDEO
 
 # Of these, tests elsewhere take one each of pixels, labels, text on the VP path and text on the flow path, in latents and tokens.
@@ -43,6 +44,7 @@ def run(pipe: Any, steps: int | None = 4, seed: int = 0, **arguments: Any) -> Te
     Returns:
         Images in [0, 1] of pipelines without latents and of "dit", latents of the others.
     """
+    # Families of one pipeline are called alike.
     family = next(family for family in PIPELINES.values() if type(pipe) is family.pipeline)
     call = {"num_inference_steps": steps, "generator": Generator().manual_seed(seed), **family.call, **arguments}
     dtype = next(networks(pipe)[0].parameters()).dtype
@@ -110,6 +112,11 @@ def _sd15() -> Parts:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+
+def _sd15_filled() -> Parts:
+    """As in checkpoints made for inpainting: the network sees mask and image."""
+    return {**_sd15(), "unet": t.unet(in_channels=9)}
 
 
 def _sdxl() -> Parts:
@@ -202,6 +209,7 @@ PIPELINES: dict[str, Family] = {
     "sd15": Family(diffusers.StableDiffusionPipeline, _sd15, _SD15, _EULER),
     "sd15-img2img": Family(diffusers.StableDiffusionImg2ImgPipeline, _sd15, {**_SD15, **_BEGIN}, _EULER, strength=0.5),
     "sd15-inpaint": Family(diffusers.StableDiffusionInpaintPipeline, _sd15, {**_SD15, **_MASK}, _EULER, strength=0.5),
+    "sd15-inpaint-9": Family(diffusers.StableDiffusionInpaintPipeline, _sd15_filled, {**_SD15, **_MASK}, _EULER, strength=0.5),
     "sdxl": Family(diffusers.StableDiffusionXLPipeline, _sdxl, _SD15, _EULER),
     "sdxl-img2img": Family(diffusers.StableDiffusionXLImg2ImgPipeline, _sdxl, {**_SD15, **_BEGIN}, _EULER, strength=0.5),
     "sdxl-inpaint": Family(diffusers.StableDiffusionXLInpaintPipeline, _sdxl, {**_SD15, **_MASK}, _EULER, strength=0.5),
@@ -213,4 +221,5 @@ PIPELINES: dict[str, Family] = {
     "flux-inpaint": Family(diffusers.FluxInpaintPipeline, _flux, {**_FLUX, **_MASK}, _DYNAMIC, calls=2, strength=0.5),
     **IMAGE,
     **VIDEO,
+    **VARIANTS,
 }  # fmt: skip

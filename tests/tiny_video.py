@@ -29,13 +29,14 @@ from .tiny_parts import (
 )
 
 
-def _wan_vae() -> diffusers.AutoencoderKLWan:
+def wan_vae() -> diffusers.AutoencoderKLWan:
+    """The autoencoder of Wan, which others have too."""
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
 
 
-_WAN = {
+WAN = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -51,12 +52,12 @@ _WAN = {
 
 
 def _wan() -> Parts:
-    return {**NO_TEXT, "vae": _wan_vae(), "transformer": diffusers.WanTransformer3DModel(**_WAN)}
+    return {**NO_TEXT, "vae": wan_vae(), "transformer": diffusers.WanTransformer3DModel(**WAN)}
 
 
 def _wan_two() -> Parts:
     """Wan 2.2 changes networks in mid run."""
-    return {**_wan(), "transformer_2": diffusers.WanTransformer3DModel(**_WAN), "boundary_ratio": 0.7}
+    return {**_wan(), "transformer_2": diffusers.WanTransformer3DModel(**WAN), "boundary_ratio": 0.7}
 
 
 def _wan_tokens() -> Parts:
@@ -65,7 +66,7 @@ def _wan_tokens() -> Parts:
 
 
 def _skyreels() -> Parts:
-    return {**NO_TEXT, "vae": _wan_vae(), "transformer": diffusers.SkyReelsV2Transformer3DModel(**_WAN)}
+    return {**NO_TEXT, "vae": wan_vae(), "transformer": diffusers.SkyReelsV2Transformer3DModel(**WAN)}
 
 
 def _ltx() -> Parts:
@@ -278,7 +279,7 @@ def _sana_video() -> Parts:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    return {**NO_TEXT, "vae": _wan_vae(), "transformer": transformer}
+    return {**NO_TEXT, "vae": wan_vae(), "transformer": transformer}
 
 
 def _cosmos() -> Parts:
@@ -296,7 +297,7 @@ def _cosmos() -> Parts:
         concat_padding_mask=True,
         extra_pos_embed_type=None,
     )
-    return {**NO_TEXT, "vae": _wan_vae(), "transformer": transformer, "safety_checker": _Harmless()}
+    return {**NO_TEXT, "vae": wan_vae(), "transformer": transformer, "safety_checker": _Harmless()}
 
 
 class _Harmless(torch.nn.Module):
@@ -465,7 +466,7 @@ _SOUND = {
 }
 _GENERATED = {name.replace("prompt", "generated_prompt"): text for name, text in embedded().items()}
 _FRAMES = list(image(32, 5))
-_WAN_FLOW = (UNIPC, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0})
+WAN_FLOW = (UNIPC, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0})
 _LTX_FLOW = (MATCH, {"use_dynamic_shifting": True, "shift_terminal": 0.1})
 _COG = ("CogVideoXDDIMScheduler", {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
 _LINEAR = (DDIM, {**V, "clip_sample": False})
@@ -480,20 +481,20 @@ _CONTINUOUS = {
 }
 
 VIDEO: dict[str, Family] = {
-    "wan": Family(diffusers.WanPipeline, _wan, _SMALL, _WAN_FLOW, calls=2),
-    "wan2.2": Family(diffusers.WanPipeline, _wan_two, _SMALL, _WAN_FLOW, calls=2),
+    "wan": Family(diffusers.WanPipeline, _wan, _SMALL, WAN_FLOW, calls=2),
+    "wan2.2": Family(diffusers.WanPipeline, _wan_two, _SMALL, WAN_FLOW, calls=2),
     "wan-i2v": Family(
-        diffusers.WanImageToVideoPipeline, _wan_tokens, {**_SMALL, "image": image(32)}, _WAN_FLOW, calls=2
+        diffusers.WanImageToVideoPipeline, _wan_tokens, {**_SMALL, "image": image(32)}, WAN_FLOW, calls=2
     ),
     "wan-v2v": Family(
         diffusers.WanVideoToVideoPipeline,
         _wan,
         {**_TEXT, "height": 32, "width": 32, "video": _FRAMES, "strength": 0.5},
-        _WAN_FLOW,
+        WAN_FLOW,
         calls=2,
         strength=0.5,
     ),
-    "skyreels-v2": Family(diffusers.SkyReelsV2Pipeline, _skyreels, _SMALL, _WAN_FLOW, calls=2),
+    "skyreels-v2": Family(diffusers.SkyReelsV2Pipeline, _skyreels, _SMALL, WAN_FLOW, calls=2),
     "ltx": Family(diffusers.LTXPipeline, _ltx, _LTX, _LTX_FLOW),
     "ltx-i2v": Family(diffusers.LTXImageToVideoPipeline, _ltx, {**_LTX, "image": image(32)}, _LTX_FLOW),
     "ltx-condition": Family(
@@ -532,7 +533,7 @@ VIDEO: dict[str, Family] = {
             "frames": 5,
             "use_resolution_binning": False,
         },
-        ("DPMSolverMultistepScheduler", _WAN_FLOW[1]),
+        ("DPMSolverMultistepScheduler", WAN_FLOW[1]),
     ),
     "cosmos2": Family(
         diffusers.Cosmos2TextToImagePipeline,
