@@ -59,7 +59,10 @@ def test_longcat_audio_replaces_the_scheduler() -> None:
         ("lcm", (DDIM, {**SD, **V}), "unexpected keyword argument 'original_inference_steps'"),
         ("sana-sprint", (MATCH, {}), "unexpected keyword argument 'max_timesteps'"),
         ("cosmos2", (MATCH, {"use_karras_sigmas": True}), r"^sigmas must be finite and fall strictly .* \[0\. .* 1\. "),
-        ("bria", (MATCH, {"use_dynamic_shifting": True}), "needs a number mu, got None; pass mu="),
+        *(
+            (family, (MATCH, {"use_dynamic_shifting": True}), "needs a number mu, got None; pass mu=")
+            for family in ("bria", "easyanimate")
+        ),
         ("cogview4", (UNIPC, FLOW), "takes timesteps or sigmas, not both; leave one of them out"),
     ],
 )
