@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 Params = list[Any]
-_AT_ONCE = 3  # solvers of each family in the short run, others in the next, so that all of them appear
+_AT_ONCE = 2  # solvers of each family in the short run, others in the next, so that all of them appear
 
 
 def _cells() -> Params:
@@ -220,13 +220,13 @@ def test_noise_comes_from_the_generator_where_the_pipeline_passes_one(
     monkeypatch.setattr(families.Listening, "noise_share", 1.0)
     pipe = build(family, families.Listening.from_config(stock_of(family), solver="euler"))
     images = []
-    for seed in (1, 1, 2):
+    for seed in (1, 2) if passed else (1, 2, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             images.append(run(pipe, steps_of(family)))
-    assert difference(images[1], images[0]) == 0
-    assert difference(images[2], images[0]) == 0 if passed else difference(images[2], images[0]) > 1e-3
     assert difference(images[0], _result(family, "euler")[0]) > 1e-3
+    assert torch.equal(images[-1], images[0])
+    assert torch.equal(images[1], images[0]) == passed
 
 
 # Quirks that the table notes.
