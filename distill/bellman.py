@@ -31,7 +31,7 @@ from flowkit.distill.record import recording
 from flowkit.grids import Grid
 from flowkit.pipelines.sampling import Inputs, sample_images
 from flowkit.schedulers import RectifiedFlowScheduler, clipping
-from flowkit.schedulers.base import Plan
+from flowkit.schedulers.plans import Plan
 
 METHODS, OBJECTIVES = ("bellman",), ("local",)
 _GROUPS = 20

@@ -8,7 +8,9 @@ from typing import Literal
 from flowkit.paths import Path
 
 Gauge = Literal["eps", "x0", "flow"]
-Rule = Literal["exact", "mid", "bh1"]
+Rule = Literal["exact", "mid", "bh1", "half", "outer"]
+Noise = Literal["ancestral", "rf", "full", "exact", "euler"]
+Tableau = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -17,69 +19,103 @@ class Solver:
 
     Attributes:
         name: what users call it.
-        facts: order, evaluations a step, deterministic or not, what it converges to, storage.
+        accuracy: order of convergence; of a stochastic method the weak one.
         gauge: what is held or interpolated; None means flow velocity on the flow path and eps elsewhere.
-        tau: variable of the interpolation, the gauge's clock "u" or the log-SNR "lambda".
-        rule: "exact" integrates the interpolant (32-point Gauss-Legendre); "mid" takes its value at the middle in log-SNR
-            (the "simplified" second-order formulas); "bh1" is "mid" with the slope times ``h / (1 - exp(-h))`` (Zhao et al.
-            2023, B1).
-        order: number of predictions that a multistep row interpolates.
+        tau: variable of the interpolation: the gauge's clock "u", the log-SNR "lambda", or the "index" of the step, as if steps
+            were equal.
+        rules: how a row weights 2, 3, ... predictions, the last for more: "exact" integrates the interpolant (32-point
+            Gauss-Legendre); "mid" takes its value at the middle in log-SNR (the "simplified" second-order formulas); "bh1" is
+            "mid" with the slope times ``h / (1 - exp(-h))`` (Zhao et al. 2023, B1); "half" is "exact" with half the quadratic
+            term (DPM-Solver++(3M) as published in diffusers); "outer" is "exact" through the newest and the oldest alone.
+        order: number of predictions that a row interpolates.
         corrector: fuse a corrector through the new prediction into the next row (Zhao et al. 2023).
         tableau: row j holds the weights of the predictions so far in the start of stage j + 1; None for multistep methods.
+        singlestep: a row of order k starts where the last row of order 1 did, k - 1 rows ago (Lu et al. 2022, DPM-Solver).
+        inner: extra calls inside a step of a singlestep method, as fractions of the step in log-SNR.
+        noise: where noise comes from: None, a deterministic method; "ancestral" puts it in place of part of eps (Song et al.
+            2021, equation 16), "rf" of another part (that of LTXEulerAncestralRFScheduler), "full" of all of it; "exact"
+            integrates the reverse SDE of the gauge, "euler" takes its noise level at the start (Euler-Maruyama).
+        remark: what else a user should know.
     """
 
     name: str
-    facts: str
+    accuracy: int
     gauge: Gauge | None = None
-    tau: Literal["u", "lambda"] = "u"
-    rule: Rule = "exact"
+    tau: Literal["u", "lambda", "index"] = "u"
+    rules: tuple[Rule, ...] = ("exact",)
     order: int = 1
     corrector: bool = False
-    tableau: tuple[tuple[float, ...], ...] | None = None
+    tableau: Tableau | None = None
+    singlestep: bool = False
+    inner: tuple[float, ...] = ()
+    noise: Noise | None = None
+    remark: str = ""
 
     @property
     def stages(self) -> int:
         """Network evaluations of one full step."""
-        return len(self.tableau) if self.tableau else 1
+        return len(self.tableau) if self.tableau else 1 + len(self.inner)
 
     @property
     def first_order(self) -> bool:
         """Whether a step holds one prediction: DDIM, and Euler in every gauge."""
         return self.order == 1 and not self.tableau and not self.corrector
 
+    @property
+    def one_step(self) -> bool:
+        """Whether a step uses nothing of the steps before it."""
+        return self.first_order or bool(self.tableau or self.inner)
+
+    @property
+    def stored(self) -> int:
+        """Predictions kept besides the current one."""
+        return len(self.tableau) - 1 if self.tableau else self.order - 1 + self.corrector
+
+    @property
+    def facts(self) -> str:
+        """One line: order, evaluations a step, deterministic or not, what it converges to, storage."""
+        calls = "1 evaluation a step" if self.stages == 1 else f"{self.stages} evaluations a step"
+        kind = ("stochastic", "SDE of the same marginals") if self.noise else ("deterministic", "probability-flow ODE")
+        weak = "weak order" if self.noise else "order"
+        line = f"{weak} {self.accuracy}; {calls}; {kind[0]}; converges to the {kind[1]}; stores {self.stored}"
+        return f"{line}; {self.remark}" if self.remark else line
+
+
+_HEUN: Tableau = ((1.0,), (0.5, 0.5))
+_LAST = "1 evaluation, Euler, where it ends at sigma 0"
+_START = "its first steps have lower order, which a uniform flow grid shows and a Karras grid hides"
 
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
+        Solver("euler", 1, remark="eta > 0 makes it ancestral"),
+        Solver("ddim", 1, gauge="eps", remark="another name of euler (Song et al. 2021, equation 12)"),
+        Solver("heun", 2, tableau=_HEUN, remark=_LAST),
+        Solver("midpoint", 2, tableau=((0.5,), (0.0, 1.0))),
+        Solver("ralston", 2, tableau=((2 / 3,), (0.25, 0.75))),
+        Solver("rk4", 4, tableau=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), remark=_LAST),
+        Solver("ab2", 2, order=2),
+        Solver("ab3", 3, order=3, remark=_START),
+        Solver("ab4", 4, order=4, remark=_START),
+        Solver("lms", 4, order=4, remark=f"another name of ab4 (Katherine Crowson's k-diffusion); {_START}"),
+        Solver("dpm++1s", 1, gauge="x0", remark="ddim that stores x0"),
+        Solver("dpm++2s", 2, "x0", "lambda", ("mid",), 2, singlestep=True, inner=(0.5,), remark=_LAST),
+        Solver("dpm++2m", 2, "x0", "lambda", ("mid",), 2),
         Solver(
-            "euler",
-            "order 1; 1 evaluation a step; deterministic (a row per eta > 0 is stochastic); to the ODE; stores 0",
+            "dpm++3m", 2, "x0", "lambda", ("mid", "half"), 3,
+            remark="as published: half the quadratic term, without which it would have order 3",
         ),
-        Solver("ddim", "order 1; 1 evaluation a step; another name of euler, eps gauge", gauge="eps"),
+        Solver("sde-dpm++2m", 2, "x0", "lambda", ("mid",), 2, noise="exact"),
         Solver(
-            "heun",
-            "order 2; 2 evaluations a step, 1 where it ends at sigma 0; deterministic; to the ODE; stores 1",
-            tableau=((1.0,), (0.5, 0.5)),
+            "unipc", 3, "x0", "lambda", ("mid", "exact"), 2, corrector=True,
+            remark="2 without its corrector; in flow time on the flow path, in log-SNR as published elsewhere",
         ),
-        Solver(
-            "dpm++2m",
-            "order 2; 1 evaluation a step; deterministic; to the ODE; stores 1",
-            gauge="x0",
-            tau="lambda",
-            rule="mid",
-            order=2,
-        ),
-        Solver(
-            "unipc",
-            "order 2, 3 with its corrector; 1 evaluation a step; deterministic; to the ODE; stores 2",
-            gauge="x0",
-            tau="lambda",
-            rule="mid",
-            order=2,
-            corrector=True,
-        ),
+        Solver("deis", 2, "eps", "lambda", order=2),
+        Solver("euler-maruyama", 1, noise="euler"),
+        Solver("ancestral", 1, gauge="x0", noise="ancestral", remark="euler with eta = 1: DDPM, Euler a"),
+        Solver("edm", 2, gauge="eps", tableau=_HEUN, remark=f"{_LAST}; s_churn > 0 adds noise, to the SDE"),
     )
-}
+}  # fmt: skip
 
 
 def find(name: str) -> Solver:
@@ -104,5 +140,5 @@ def solver(name: str, path: Path) -> Solver:
     """
     found = find(name)
     if name == "unipc" and path.name == "flow":
-        found = replace(found, gauge="flow", tau="u", rule="exact")
+        found = replace(found, gauge="flow", tau="u", rules=("exact",))
     return replace(found, gauge=found.gauge or ("flow" if path.name == "flow" else "eps"))

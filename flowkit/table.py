@@ -1,39 +1,34 @@
 """Every linear sampler as a table: one row of coefficients a network call.
 
 A row is ``x' = a x + sum_k b_k M_k + c z``: x the sample handed in, M_0 the current prediction, M_1, ... stored ones, z noise.
-Solvers are written once, for ``y = (1 - s) x0 + s eps`` (see `flowkit.paths`), in a gauge (c, u, M) in which the
-probability-flow ODE reads ``d(y / c) = M du``:
+Solvers are written once, for ``y = (1 - s) x0 + s eps`` (see `flowkit.paths`), in a gauge (see `flowkit.gauges`); the
+interpolation weights of a multistep method and a Butcher tableau are all there is. Bootstrap, last step, final level and noise
+are data in the table, so a step has no branch and no state beyond the stored predictions:
 
-    gauge   c       u           M
-    eps     1 - s   s / (1-s)   eps          Song et al. 2021 (DDIM), Karras et al. 2022
-    x0      s       (1-s) / s   x0           Lu et al. 2022 (DPM-Solver++)
-    flow    1       s           eps - x0     Liu et al. 2022
+- a Runge-Kutta stage starts from the stage before it, ``y_{j+1} = y_j + du sum_k (A_{j+1,k} - A_{j,k}) M_k``;
+- a corrector moves the sample that is handed in, ``y_c = y_p + D sum_k (q'_k - q_k) M_k``, so it fuses with the next row;
+- a singlestep row finds its start in the sample, ``y_0 = (y - D sum_k q_k M_k) / a``;
+- noise that the next call wants (churn) is added at the end of the step before it.
 
-Holding M over a step from s to t gives ``y_t = a y_s + D M`` with ``a = c_t / c_s, D = c_t (u_t - u_s)``: DDIM, in every gauge.
-Multistep methods replace M by its Lagrange interpolant through stored nodes, ``b_k = D q_k`` with
-``q_k = int ell_k du / int du``; that and a Butcher tableau is all there is. Bootstrap, last step and final level are data in
-the table, so a step has no branch and no state beyond the stored predictions. All coefficients are float64.
+All coefficients are float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkit import predictions
-from flowkit.paths import Path, log_snr, rho
+from flowkit import gauges, predictions
+from flowkit.gauges import Array, clock, from_clock, increment, scale, weights
+from flowkit.paths import Path, from_rho, rho
 from flowkit.solvers import Gauge, Solver
-
-Array = NDArray[np.float64]
-_X, _W = np.polynomial.legendre.leggauss(32)
-_STORED: dict[Gauge, tuple[float, float]] = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "flow": (-1.0, 1.0)}
 
 
 class Row(NamedTuple):
@@ -55,78 +50,6 @@ class Row(NamedTuple):
     keep: int = 0
 
 
-def clock(gauge: Gauge, s: float) -> float:
-    """Returns the gauge's clock u(s)."""
-    match gauge:
-        case "eps":
-            return rho(s)
-        case "x0":
-            return (1.0 - s) / s if s > 0 else math.inf
-        case _:
-            return s
-
-
-def increment(gauge: Gauge, s: float, t: float) -> tuple[float, float]:
-    """Returns (a, D) of ``y_t = a y_s + D M``, in the forms that are finite at both ends."""
-    match gauge:
-        case "eps":
-            a = (1.0 - t) / (1.0 - s)
-            return a, t - s * a
-        case "x0":
-            a = t / s
-            return a, (1.0 - t) - a * (1.0 - s)
-        case _:
-            return 1.0, t - s
-
-
-def _lagrange(nodes: Array, x: Array) -> Array:
-    """Values at x of the Lagrange polynomials on the nodes, shape (nodes, x)."""
-    return np.stack(
-        [
-            np.prod([(x - m) / (n - m) for m in np.delete(nodes, k)] + [np.ones_like(x)], axis=0)
-            for k, n in enumerate(nodes)
-        ]
-    )
-
-
-def weights(gauge: Gauge, tau: str, rule: str, s: float, t: float, nodes: Sequence[float]) -> Array:
-    """Returns q, the share of each node's prediction in the step from s to t; sums to 1.
-
-    Args:
-        gauge: "eps", "x0" or "flow".
-        tau: variable of the interpolation, "u" or "lambda"; the latter needs every level inside (0, 1).
-        rule: "exact", "mid" or "bh1" (see `Solver`).
-        s: flow time at the start.
-        t: flow time at the end.
-        nodes: flow times of the predictions, distinct.
-    """
-    if len(nodes) == 1:
-        return np.ones(1)
-
-    def variable(v: float) -> float:
-        return clock(gauge, v) if tau == "u" else log_snr(v)
-
-    z = np.array([variable(v) for v in nodes])
-    low, high = variable(s), variable(t)
-    if rule != "exact":
-        q = _lagrange(z, np.array([(low + high) / 2]))[:, 0]
-        if rule == "bh1":
-            held = np.array([float(v == s) for v in nodes])
-            h = high - low
-            q = held + (q - held) * h / -math.expm1(-h)
-        return q
-    x = low + (high - low) * (_X + 1) / 2
-    if tau == "u":
-        density = np.ones_like(x)
-    elif gauge == "flow":
-        density = 0.25 / np.cosh(x / 2) ** 2
-    else:
-        rate = x if gauge == "x0" else -x
-        density = np.exp(rate - rate.max())
-    w = _W * density
-    return np.asarray(_lagrange(z, x) @ w / w.sum())
-
-
 def build(
     method: Solver,
     path: Path,
@@ -137,7 +60,9 @@ def build(
     ends: Sequence[float] | None = None,
     orders: Sequence[int] | None = None,
     uncorrected: Sequence[int] = (),
-    eta: float = 0.0,
+    eta: float | None = None,
+    churned: bool = False,
+    s_noise: float = 1.0,
 ) -> list[Row]:
     """Fills the table of a method on a grid.
 
@@ -147,35 +72,73 @@ def build(
         prediction: what the network returns, one of `flowkit.predictions.PREDICTIONS`.
         levels: N + 1 flow times in [0, 1], falling; a repeated level is an identity row.
         times: N model times; None means the path's clock.
-        ends: N flow times where the steps end; None means the next level. For first-order methods, which hold no history.
+        ends: N flow times where the steps end; None means the next level.
         orders: highest order of each of the N steps; None means the method's own. Fewer stored predictions lower it.
         uncorrected: steps whose result is not corrected.
-        eta: stochasticity of the first-order step in [0, 1], 1 being ancestral sampling (Song et al. 2021, equation 16).
+        eta: level of the noise, >= 0: in [0, 1] for ancestral steps (Song et al. 2021, equation 16, which is what a deterministic
+            one-step method takes), any for an SDE. None means 1 for a stochastic method, 0 for others.
+        churned: whether noise leads from the end of each step up to the next level (Karras et al. 2022, algorithm 2); needs ends.
+        s_noise: factor on the noise.
 
     Returns:
         One row a network call.
 
     Raises:
-        ValueError: for eta with a method of higher order, for VE coordinates at infinite noise, or where the prediction does not
+        ValueError: for noise that the method cannot take, VE coordinates at infinite noise, or where the prediction does not
             determine the sample.
     """
-    if eta and not method.first_order:
-        raise ValueError(
-            f"eta = {eta:g} needs a first-order solver, but this is {method.name!r}; use solver='euler' or eta=0"
-        )
+    eta = (1.0 if method.noise else 0.0) if eta is None else eta
+    check_noise(method, eta, churned)
     if path.name in ("ve", "edm") and levels[0] >= 1:
         raise ValueError(f"the path {path.name!r} cannot start at infinite sigma; give the grid a finite first level")
-    gauge = method.gauge or "eps"
-    if eta:
-        gauge = "x0"
-    elif gauge == "eps" and levels[0] >= 1:
-        gauge = "flow"  # eps says nothing at pure noise; first order is the same row in every gauge
     times = [path.time(s) for s in levels[:-1]] if times is None else times
-    draft = _Draft(method, path, prediction, gauge, levels, times, ends or levels[1:], orders, uncorrected, eta)
+    draft = _Draft(
+        method, path, prediction, levels, times, ends or levels[1:], orders, uncorrected, eta, churned, s_noise
+    )
     rows = draft.stages() if method.tableau else draft.multistep()
     for i in range(len(rows) - 2, -1, -1):
         rows[i] = rows[i]._replace(keep=max(len(rows[i + 1].b) - 1, rows[i + 1].keep - 1))
     return rows
+
+
+def check_noise(method: Solver, eta: float, churn: float = 0.0) -> None:
+    """Refuses noise that a method cannot take.
+
+    Raises:
+        ValueError: for a negative level; noise in a multistep method that is not made for it, in a corrector, or of order 3; an
+            ancestral level above 1; or both kinds at once.
+    """
+    if not (eta >= 0 and math.isfinite(eta)):
+        raise ValueError(f"eta must be a number >= 0, got {eta}; 0 means deterministic, 1 full noise")
+    if not eta and not churn:
+        return
+    what = f"eta = {eta:g}" if eta else "s_churn"
+    if method.noise and churn:
+        raise ValueError(f"solver {method.name!r} draws noise of its own; use s_churn with 'edm', 'heun' or 'euler'")
+    if eta and churn:
+        raise ValueError(f"eta = {eta:g} and s_churn both add noise; set one of them to 0")
+    if method.corrector:
+        raise ValueError(f"{what} would put noise into the corrector of {method.name!r}; use solver='sde-dpm++2m'")
+    if method.noise in ("exact", "euler"):
+        if method.order > 2:
+            raise ValueError(f"{what} with {method.name!r}: an SDE solver of order {method.order} has weak order 2 at best; "
+                             "use solver='sde-dpm++2m'")  # fmt: skip
+    elif not method.one_step:
+        raise ValueError(f"{what} needs a one-step solver, but this is {method.name!r}; use solver='euler', or "
+                         "'sde-dpm++2m' for a stochastic multistep method")  # fmt: skip
+    elif eta > 1:
+        raise ValueError(f"eta = {eta:g} asks for more noise than there is; choose a value in [0, 1]")
+
+
+class _Piece(NamedTuple):
+    """One call of a multistep or singlestep method: from level s down to d, then up to n by noise."""
+
+    step: int
+    s: float
+    d: float
+    n: float
+    time: float
+    order: int
 
 
 @dataclass(frozen=True)
@@ -185,111 +148,156 @@ class _Draft:
     method: Solver
     path: Path
     prediction: str
-    gauge: Gauge
     levels: Sequence[float]
     times: Sequence[float]
     ends: Sequence[float]
     orders: Sequence[int] | None
     uncorrected: Sequence[int]
     eta: float
+    churned: bool
+    s_noise: float
 
-    def row(self, step: int, s: float, t: float, time: float, a: float, b: Sequence[float], c: float = 0.0) -> Row:
-        """Moves a row from y to the path's coordinates and folds in the network's prediction type."""
-        n_s, n_t = self.path.norm(s), self.path.norm(t)
-        p, q = predictions.row(
-            self.prediction, _STORED[self.gauge], self.path.alpha(s), self.path.sigma(s), self.path.sigma_data
+    def landing(self, step: int) -> tuple[float, float]:
+        """Levels (d, n) of a step: it goes down to d, and noise leads up to n, where it ends."""
+        t = self.ends[step]
+        if self.churned:
+            return t, self.levels[step + 1]
+        noise = self.method.noise or "ancestral"
+        if not self.eta or t <= 0 or noise in ("exact", "euler"):
+            return t, t
+        return gauges.below(noise, self.levels[step], t, self.eta), t
+
+    def gauge(self, s: float) -> Gauge:
+        """The method's gauge; at pure noise, where eps says nothing, that of the flow."""
+        gauge = self.method.gauge or "eps"
+        return "flow" if gauge == "eps" and s >= 1 else gauge
+
+    def row(
+        self, gauge: Gauge, piece: _Piece, a: float, b: Sequence[float], c: float = 0.0, time: float | None = None
+    ) -> Row:
+        """Adds the noise from d to n, moves a row from y to the path's coordinates, and folds in the network's prediction."""
+        s, n = piece.s, piece.n
+        if n != piece.d:
+            up, c = gauges.raised(piece.d, n)
+            a, b = up * a, [up * v for v in b]
+        n_s, n_n = self.path.norm(s), self.path.norm(n)
+        wanted = gauges.stored(gauge, self.eta if self.method.noise in ("exact", "euler") and c else 0.0)
+        p, q = predictions.row(self.prediction, wanted, self.path.alpha(s), self.path.sigma(s), self.path.sigma_data)
+        b = tuple(v / n_n for v in b)
+        return Row(
+            s, n, piece.time if time is None else time, piece.step, p, q, a * n_s / n_n, b, self.s_noise * c / n_n
         )
-        return Row(s, t, time, step, p, q, a * n_s / n_t, tuple(v / n_t for v in b), c / n_t)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """The calls of a multistep or singlestep method."""
+        for i, s in enumerate(self.levels[:-1]):
+            d, n = self.landing(i)
+            order = self.method.order if self.orders is None else self.orders[i]
+            if not self.method.inner:
+                yield _Piece(i, s, d, n, self.times[i], order)
+                continue
+            inner = self.method.inner if 0 < d < s else ()  # log-SNR is infinite at the end: hold the one prediction
+            points = [s, *(_between(s, d, f) for f in inner), d]
+            for j, (here, there) in enumerate(pairwise(points)):
+                time = self.times[i] if j == 0 else self.path.time(here)
+                yield _Piece(i, here, there, n if there == d else there, time, j + 1)
 
     def multistep(self) -> list[Row]:
-        """Linear multistep rows, with the corrector of the step before fused into each."""
+        """Linear multistep rows, with the corrector of the step before fused into each, and singlestep rows."""
         rows: list[Row] = []
         nodes: list[float] = []  # flow times of the predictions, newest first
-        before: tuple[float, Array, int] | None = None  # increment, weights and order of the step before
-        for i, (s, t) in enumerate(zip(self.levels, self.ends, strict=False)):
+        before: tuple[float, float, Array, int] | None = None  # start, increment, weights and order of the row before
+        eta = self.eta if self.method.noise in ("exact", "euler") else 0.0
+        for piece in self.pieces():
+            s, t = piece.s, piece.d
             nodes = [s, *nodes]
-            if self.eta:
-                a, eta_b, c = _stochastic(s, t, self.eta)
-                rows.append(self.row(i, s, t, self.times[i], a, [eta_b], c))
-                continue
-            a, d = increment(self.gauge, s, t)
-            q, used = self.interpolate(s, t, nodes, self.method.order if self.orders is None else self.orders[i])
+            order = min(piece.order, len(nodes))
+            if self.method.singlestep:
+                # A row of order 1 is a new start; a start that lies elsewhere makes its rows singlestep.
+                order = 1 if t <= 0 or before is None else order
+                nodes = nodes[:order]
+            base = nodes[-1] if self.method.singlestep else s
+            gauge = self.gauge(base)
+            a, _, c = increment(gauge, s, t, eta if t > 0 else 0.0)
+            _, d, _ = increment(gauge, base, t, eta if t > 0 else 0.0)
+            if self.method.noise == "euler" and t > 0:
+                c = gauges.euler_noise(gauge, s, t, eta)
+            q, used = self.interpolate(gauge, base, t, nodes, order)
             b = d * q
-            if before and before[0] and self.method.corrector and i - 1 not in self.uncorrected:
-                d_before, q_before, used_before = before
-                corrected, _ = self.interpolate(self.levels[i - 1], s, nodes, used_before + 1, corrector=True)
-                b = _add(b, a * d_before * _add(corrected, -np.concatenate([[0.0], q_before])))
-            rows.append(self.row(i, s, t, self.times[i], a, b.tolist()))
-            before = d, q, used
+            if before and before[1]:
+                start, d_before, q_before, used_before = before
+                if self.method.singlestep and order > 1:
+                    b = _add(b, -a * d_before * np.concatenate([[0.0], q_before]))
+                elif self.corrects(piece.step - 1) and self.gauge(start) == gauge:
+                    corrected, _ = self.interpolate(gauge, start, s, nodes, used_before + 1, corrector=True)
+                    b = _add(b, a * d_before * _add(corrected, -np.concatenate([[0.0], q_before])))
+            rows.append(self.row(gauge, piece, a, b.tolist(), c))
+            before = s, d, q, used
         return rows
 
+    def corrects(self, step: int) -> bool:
+        return self.method.corrector and step not in self.uncorrected
+
     def interpolate(
-        self, s: float, t: float, nodes: Sequence[float], order: int, corrector: bool = False
+        self, gauge: Gauge, s: float, t: float, nodes: Sequence[float], order: int, corrector: bool = False
     ) -> tuple[Array, int]:
         """Weights of the newest ``order`` usable nodes, zero at those passed over, and how many were usable."""
-        tau, rule = self.method.tau, self.method.rule
-        if corrector and order > 2:
-            rule = "exact"
+        tau, rules = self.method.tau, self.method.rules
         if tau == "lambda":
             if t <= 0 or s == t:
                 order = 1  # log-SNR is infinite at the end: hold the newest prediction
-            elif corrector and s >= 1:
-                tau, rule = "u", "exact"  # the old node lies at log-SNR -inf, where the clock u is still finite
+            elif s >= 1 and (corrector or self.method.singlestep):
+                tau, rules = "u", ("exact",)  # a node lies at log-SNR -inf, where the clock u is still finite
+        infinite = tau == "lambda" or (tau == "u" and gauge == "eps")
         used: list[int] = []
         for k, node in enumerate(nodes):
             repeated = any(nodes[j] == node for j in used)
-            infinite = tau == "lambda" and node >= 1 and k > 0
-            if len(used) < order and not repeated and not infinite:
+            if len(used) < order and not repeated and not (infinite and node >= 1 and k > 0):
                 used.append(k)
         q = np.zeros(used[-1] + 1)
-        q[used] = weights(self.gauge, tau, rule, s, t, [nodes[k] for k in used])
+        rule = rules[min(len(used), len(rules) + 1) - 2]
+        eta = self.eta if self.method.noise == "exact" else 0.0
+        q[used] = weights(gauge, tau, rule, s, t, [nodes[k] for k in used], eta)
         return q, len(used)
 
     def stages(self) -> list[Row]:
-        """Runge-Kutta rows: ``y_{j+1} = y_j + du sum_k (A_{j+1,k} - A_{j,k}) M_k`` needs no stored start."""
+        """Runge-Kutta rows."""
         rows: list[Row] = []
         tableau = self.method.tableau or ()
-        for i, (s, t) in enumerate(zip(self.levels, self.ends, strict=False)):
-            if t <= 0 or s == t:
-                a, d = increment(self.gauge, s, t)  # a stage at sigma 0 would be wasted: end with Euler
-                rows.append(self.row(i, s, t, self.times[i], a, [d]))
+        for i, s in enumerate(self.levels[:-1]):
+            d, n = self.landing(i)
+            gauge, time = self.gauge(s), self.times[i]
+            at_end = any(math.isclose(sum(weight), 1.0) for weight in tableau[:-1])
+            if s == d or (d <= 0 and at_end):
+                a, increase, _ = increment(gauge, s, d)  # a stage at sigma 0 would be wasted: end with Euler
+                rows.append(self.row(gauge, _Piece(i, s, d, n, time, 1), a, [increase]))
                 continue
-            u, du = clock(self.gauge, s), clock(self.gauge, t) - clock(self.gauge, s)
-            here, time, done = s, self.times[i], np.zeros(0)
+            u, du = clock(gauge, s), clock(gauge, d) - clock(gauge, s)
+            here, done = s, np.zeros(0)
             for j, weight in enumerate(tableau):
-                last = j == len(tableau) - 1
-                whole = math.isclose(sum(weight), 1.0)
-                there = t if last or whole else _from_clock(self.gauge, u + du * sum(weight))
-                c = _scale(self.gauge, there)
+                last, total = j == len(tableau) - 1, sum(weight)
+                there = d if last or math.isclose(total, 1.0) else from_clock(gauge, u + du * total)
                 new = np.array(weight)
-                b = c * du * _add(new, -done)[::-1]
-                rows.append(self.row(i, here, there, time, c / _scale(self.gauge, here), b.tolist()))
-                time = self.times[i + 1] if whole and i + 1 < len(self.times) else self.path.time(there)
+                b = scale(gauge, there) * du * _add(new, -done)[::-1]
+                piece = _Piece(i, here, there, n if last else there, time, 1)
+                rows.append(self.row(gauge, piece, scale(gauge, there) / scale(gauge, here), b.tolist()))
+                known = i + 1 < len(self.times) and there == self.levels[i + 1]
+                time = self.times[i + 1] if known else self.path.time(there)
                 here, done = there, new
         return rows
+
+
+def _between(s: float, t: float, fraction: float) -> float:
+    """The level a fraction of the way from s to t in log-SNR; in flow time where that is infinite at s."""
+    if s >= 1:
+        return s + (t - s) * fraction
+    return from_rho(rho(s) ** (1 - fraction) * rho(t) ** fraction)
 
 
 def _add(first: Array, second: Array) -> Array:
     """first + second, the shorter padded with zeros."""
     size = max(len(first), len(second))
     return np.pad(first, (0, size - len(first))) + np.pad(second, (0, size - len(second)))
-
-
-def _scale(gauge: Gauge, s: float) -> float:
-    return {"eps": 1.0 - s, "x0": s, "flow": 1.0}[gauge]
-
-
-def _from_clock(gauge: Gauge, u: float) -> float:
-    """The inverse of `clock`."""
-    return {"eps": u / (1.0 + u), "x0": 1.0 / (1.0 + u), "flow": u}[gauge]
-
-
-def _stochastic(s: float, t: float, eta: float) -> tuple[float, float, float]:
-    """(a, b, c) on (y, x0_hat, z): noise of variance v^2 is put in place of as much of eps (Song et al. 2021, equation 16)."""
-    ratio = 0.0 if s >= 1 else rho(t) / rho(s)
-    v = eta * t * math.sqrt(max(0.0, 1.0 - ratio**2))
-    a = math.sqrt(max(0.0, t * t - v * v)) / s
-    return a, (1.0 - t) - a * (1.0 - s), v
 
 
 def step(

@@ -6,8 +6,8 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
@@ -15,70 +15,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from flowkit import rng, table
+from flowkit.grids import Grid
 from flowkit.paths import Path
-from flowkit.schedulers import clipping
+from flowkit.schedulers import clipping, variances
+from flowkit.schedulers.plans import Plan
 from flowkit.solvers import Solver
 from flowkit.table import Row
 
 Generators = Generator | list[Generator] | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run needs, read from the configuration once, in ``set_timesteps``.
-
-    Attributes:
-        path: of the sample.
-        prediction: type of the network's output.
-        method: the solver.
-        levels: N + 1 levels as diffusers exports them, the last where the run ends.
-        times: N model times.
-        ends: N levels where the steps end, for a class whose steps do not end at the next call's level; None means levels[1:].
-        orders: highest order of each step; None means the solver's.
-        uncorrected: steps without corrector.
-        start: what pure noise is multiplied with.
-        finish: what the last result is multiplied with, for a class that hands on another path's coordinates.
-        limit: what is done to x0_hat, or None.
-        keyed: noise from (seed, sample, step).
-        debug: look for NaN after every step.
-    """
-
-    path: Path
-    prediction: str
-    method: Solver
-    levels: Sequence[float]
-    times: Sequence[float]
-    ends: Sequence[float] | None = None
-    orders: Sequence[int] | None = None
-    uncorrected: Sequence[int] = ()
-    start: float = 1.0
-    finish: float = 1.0
-    limit: clipping.Limit | None = None
-    keyed: bool = False
-    debug: bool = False
-
-    def rows(self, begin: int = 0, eta: float = 0.0) -> list[Row]:
-        """The table from grid step ``begin`` on: the bootstrap belongs to the first executed row."""
-        rows = table.build(
-            self.method,
-            self.path,
-            self.prediction,
-            [self.path.at_level(v) for v in self.levels[begin:]],
-            times=self.times[begin:],
-            ends=None if self.ends is None else [self.path.at_level(v) for v in self.ends[begin:]],
-            orders=None if self.orders is None else self.orders[begin:],
-            uncorrected=[i - begin for i in self.uncorrected],
-            eta=eta,
-        )
-        last, k = rows[-1], self.finish
-        rows[-1] = last._replace(a=k * last.a, b=tuple(k * b for b in last.b), c=k * last.c)
-        return [row._replace(step=row.step + begin) for row in rows]
-
-
 class TableScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler whose every step is one row of a table; subclasses say which, in `plan`."""
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    # Without those for which diffusers has only a stand-in, for want of a package.
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers if not hasattr(getattr(diffusers, e.name), "_backends")]  # noqa: RUF012
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
@@ -86,8 +37,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._restart()
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.zeros(0)
-        self.sigmas = torch.zeros(0)
+        self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
 
     @property
     @abstractmethod
@@ -135,15 +85,43 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         rows = plan.rows()
         self._plan, self._rows, self._begin_index = plan, rows, None
         self._restart()
-        self.num_inference_steps = len(plan.times)
+        self.num_inference_steps = num_inference_steps or len(plan.times)
         levels = [plan.path.level(row.s) for row in rows] + [plan.levels[-1]]
         self.timesteps = torch.tensor([row.time for row in rows], dtype=torch.float32, device=device)
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
+
+    def _train_grid(self) -> None:
+        """Exports the training times and their levels, as training scripts look them up before any `set_timesteps`."""
+        path, total = self.path, len(self)
+        first = total - 1 if path.name == "vp" else total
+        shift = 1.0 if path.name != "flow" or self.config.get("use_dynamic_shifting") else self.config.get("shift", 1.0)
+        if path.name in ("ve", "edm"):
+            levels = list(Grid.karras(total, path=path.name).sigmas[:-1])
+        else:
+            levels = [path.level(path.at_time(first - i)) for i in range(total)]
+        if shift != 1:
+            levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
+        self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
+        self.timesteps = torch.tensor([path.time(path.at_level(v)) for v in levels], dtype=torch.float32)
 
     @property
     def order(self) -> int:
         """Network calls of a full step, by which pipelines slice ``timesteps``."""
         return self.method.stages
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 at the discrete times of the VP path, float32 on the CPU, for code that looks them up; no attribute elsewhere."""
+        rhos = torch.tensor(self.path.rhos, dtype=torch.float64)
+        if not len(rhos):
+            raise AttributeError(f"the path {self.path.name!r} has no alphas_cumprod")
+        return (1.0 / (1.0 + rhos.square())).float()
+
+    @property
+    def betas(self) -> Tensor:
+        """The training betas of the VP path, float32 on the CPU; no attribute elsewhere."""
+        bar = self.alphas_cumprod.double()
+        return (1.0 - torch.cat([bar[:1], bar[1:] / bar[:-1]])).float()
 
     @property
     def init_noise_sigma(self) -> float:
@@ -232,9 +210,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._plan is None or self._plan.path.name != "edm":
             return sample
         at = self._step_index if self._step_index is not None else self._begin_index
-        if at is None:
-            at = 0 if timestep is None else self.index_for_timestep(timestep)
-        return sample * self._plan.path.input_scale(self._rows[at].s)
+        if at is not None or timestep is None:
+            return sample * self._plan.path.input_scale(self._rows[at or 0].s)
+        return sample * self._plan.path.input_scale(self._plan.path.at_time(float(timestep)))
 
     def step(
         self,
@@ -245,20 +223,24 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         per_token_timesteps: Tensor | None = None,
+        s_churn: float = 0.0,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Applies the next row of the table.
 
         Args:
-            model_output: the network's output, shape (B, C, ...), or (B, 2C, ...) with learned variance, which is dropped.
+            model_output: the network's output, shape (B, C, ...), or (B, 2C, ...) with learned variance, which is dropped unless
+                ancestral steps take it (``variance_type``).
             timestep: the current one; read at the first step only.
             sample: shape (B, C, ...). Edits of it between steps are kept.
-            eta: noise of the first-order solver in [0, 1], 0 being deterministic, 1 ancestral (DDIM's eta).
+            eta: noise of a one-step solver in [0, 1], 1 being ancestral (DDIM's eta); 0 means the solver's own, which is none but
+                for stochastic ones.
             generator: for the noise.
             variance_noise: the noise itself, instead of drawing it.
             per_token_timesteps: model time of every token, shape (B, tokens), for samples of shape (B, tokens, channels): each
                 token moves on to the next lower level of the grid. As in diffusers' flow-match Euler, the output is then taken as
-                x0 - eps. First-order solvers on the flow path only.
+                x0 - eps. Deterministic first-order solvers on the flow path only.
+            s_churn: refused unless 0: churn changes the levels of the calls, so it belongs to the constructor.
             return_dict: whether to return an output object or a tuple.
 
         Returns:
@@ -268,21 +250,26 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             ValueError: before `set_timesteps`, after the last step, for shapes that differ, for eta or per-token times with a
                 solver that has no such step, and with ``debug`` for a result that is not finite.
         """
+        if s_churn:
+            raise ValueError(f"step(s_churn={s_churn:g}) comes too late, it raises the levels of the calls before they are made; "
+                             "set it at construction, with solver='edm'")  # fmt: skip
         index = self._step_index
         if index is None or eta != self._eta:
             index = self._start(timestep, eta)
         plan = self._plan
         if plan is None or index >= len(self._rows):
             raise ValueError(f"all {len(self._rows)} steps are done; call set_timesteps for another run")
-        row, x, raw = self._rows[index], sample, _without_variance(model_output, sample)
+        row, x, (raw, variance) = self._rows[index], sample, variances.split(model_output, sample)
         if per_token_timesteps is not None:
-            result = self._per_token(plan, raw, x, per_token_timesteps)
+            result = self._per_token(plan, row, raw, x, per_token_timesteps)
         else:
             if plan.limit:
                 # DDIM keeps eps; what interpolates x0 takes eps anew from the sample.
                 keep = plan.method.first_order and plan.method.gauge != "x0"
                 x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, row.s, x, raw, keep_eps=keep)
             noise = self._noise(plan, raw, index, generator, variance_noise) if row.c else None
+            if noise is not None and plan.variance:
+                noise = variances.scaled(plan.variance, plan.path, row, noise, variance)
             result, self._history = table.step(row, x, raw, self._history, noise)
         result = result.to(model_output.dtype)
         self._step_index = index + 1
@@ -303,12 +290,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         drawn: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=raw.dtype)
         return drawn
 
-    def _per_token(self, plan: Plan, raw: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+    def _per_token(self, plan: Plan, row: Row, raw: Tensor, sample: Tensor, times: Tensor) -> Tensor:
         """Euler with a level for each token."""
-        if plan.path.name != "flow" or not plan.method.first_order:
+        if plan.path.name != "flow" or not plan.method.first_order or row.c:
             raise ValueError(
-                f"per_token_timesteps need a first-order solver on the flow path, this is {plan.method.name!r} on "
-                f"{plan.path.name!r}; use solver='euler'"
+                f"per_token_timesteps need a first-order solver without noise on the flow path, this is "
+                f"{plan.method.name!r} on {plan.path.name!r}; use solver='euler'"
             )
         now = (times / len(self)).unsqueeze(-1)
         levels = self.sigmas.to(now.device).view(-1, *[1] * now.ndim)
@@ -348,16 +335,3 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             noise: eps, same shape as the sample; None draws it.
         """
         return self.add_noise(sample, torch.randn_like(sample) if noise is None else noise, timestep)
-
-
-def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
-    """The output without the channels of a learned variance."""
-    if output.shape == sample.shape:
-        return output
-    twice = sample.ndim > 1 and output.shape == (len(sample), 2 * sample.shape[1], *sample.shape[2:])
-    if not twice:
-        raise ValueError(
-            f"a model output of shape {tuple(output.shape)} does not fit a sample of shape {tuple(sample.shape)}; "
-            "they must be equal, or the output have twice the channels (learned variance)"
-        )
-    return output[:, : sample.shape[1]]

@@ -12,18 +12,18 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from flowkit import predictions, solvers
+from flowkit import predictions, solvers, table
 from flowkit.grids import Grid
 from flowkit.paths import Path
-from flowkit.schedulers import clipping, stock_classes
+from flowkit.schedulers import clipping, plans, stock_classes, variances
 from flowkit.schedulers import stock as imitation
-from flowkit.schedulers.base import Plan, TableScheduler
-from flowkit.solvers import Rule, Solver
+from flowkit.schedulers.base import TableScheduler
+from flowkit.schedulers.plans import Plan
+from flowkit.solvers import Solver
 
 _NATURAL = {"flow": "flow_prediction"}
 _EDM = {"epsilon": "edm", "v_prediction": "edm_v"}  # on the EDM path these name the sign of c_out
-
-_RULES: dict[str, Rule] = {"midpoint": "mid", "heun": "exact", "bh1": "bh1", "bh2": "mid"}
+_OWN_NOISE = {"eta", "s_noise"}  # in a stock configuration, those of its own solver
 
 
 class RectifiedFlowScheduler(TableScheduler):
@@ -52,6 +52,16 @@ class RectifiedFlowScheduler(TableScheduler):
         sigma_min: last level of the "karras" grid before 0; None means .002 on VE and EDM, the model's own elsewhere.
         sigma_max: first level of the "karras" grid; None means 80 on VE and EDM, the model's own elsewhere.
         sigma_data: standard deviation of the data on "edm".
+        eta: level of the noise: in [0, 1] for ancestral steps, which a deterministic one-step solver then makes (Song et al. 2021,
+            equation 16); any for the SDE solvers, 1 being the reverse of the forward SDE. None means 1 for a stochastic solver,
+            0 for others.
+        s_churn: noise added before each step (Karras et al. 2022, algorithm 2), for one-step solvers, usually "edm"; 0 means none.
+            The levels of the calls, and so ``timesteps``, are the raised ones, up to the noisiest that the model knows.
+        s_tmin: lowest sigma/alpha with churn.
+        s_tmax: highest sigma/alpha with churn; None means no limit.
+        s_noise: factor on all noise that steps add.
+        variance_type: variance of ancestral steps on "vp", see `flowkit.schedulers.variances`; None means that of a fixed small
+            one. Other solvers drop a learned variance.
         noise: where the noise of stochastic steps comes from: "diffusers" (``randn_tensor``, equal to stock) or "keyed" (a
             function of seed, sample and step alone; see `flowkit.rng`).
         debug: look for NaN after every step, which waits for the device, and name the step.
@@ -80,6 +90,12 @@ class RectifiedFlowScheduler(TableScheduler):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         sigma_data: float = 0.5,
+        eta: float | None = None,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float | None = None,
+        s_noise: float = 1.0,
+        variance_type: str | None = None,
         noise: str = "diffusers",
         debug: bool = False,
         stock: str | None = None,
@@ -95,14 +111,18 @@ class RectifiedFlowScheduler(TableScheduler):
             raise ValueError(f"unknown grid {grid!r}; choose 'uniform' or 'karras', or pass a Grid")
         if not shift > 0:
             raise ValueError(f"shift must be a positive number, got {shift}; 1 means none")
-        self.register_to_config(
-            prediction_type=prediction_type, grid=grid.to_dict() if isinstance(grid, Grid) else grid
-        )
+        known = {"path": path, "prediction_type": prediction_type}
+        self._register(**known, grid=grid.to_dict() if isinstance(grid, Grid) else grid)
         if solver is not None:
             solvers.find(solver)
         self._grid = grid if isinstance(grid, Grid) else None
+        if not s_churn >= 0 or not s_noise > 0 or not 0 <= s_tmin <= (math.inf if s_tmax is None else s_tmax):
+            raise ValueError(f"got s_churn={s_churn}, s_tmin={s_tmin}, s_tmax={s_tmax}, s_noise={s_noise}; churn must not be "
+                             "negative, the factor be positive, and the limits in order")  # fmt: skip
         if not stock:
             self._check_grid(self._grid, self.path)
+            self._check_noise()
+            self._train_grid()
 
     @classmethod
     def from_config(
@@ -134,8 +154,18 @@ class RectifiedFlowScheduler(TableScheduler):
         own = set(inspect.signature(cls.__init__).parameters) - {"self"}
         if config.get("_class_name") == cls.__name__ or own <= set(config):
             values = {k: v for k, v in config.items() if not k.startswith("_")}
+            if config.get("_class_name") == cls.__name__:  # what a file says of its origin stays
+                values |= {k: config[k] for k in ("_class_name", "_diffusers_version") if k in config}
+        elif "path" in config and not config.get(
+            "stock"
+        ):  # one of our own, not an imitation, that a stock class took over
+            values = {k: config[k] for k in own & set(config) - set(config.get("_use_default_values", ()))}
         else:
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
+            if not kwargs.get("solver"):
+                stock_classes.check_told(config)
+            else:
+                values = {k: v for k, v in values.items() if k not in _OWN_NOISE}
             values |= values.pop("flowkit", {})
         known = own | set(stock_classes.defaults(values["stock"]) if values.get("stock") else ())
         if unknown := sorted(set(kwargs) - known):
@@ -145,8 +175,15 @@ class RectifiedFlowScheduler(TableScheduler):
         values |= kwargs
         scheduler = cls(**{k: v for k, v in values.items() if k in own})
         scheduler.register_to_config(**{k: v for k, v in values.items() if k not in own})
-        _ = scheduler.method  # refuses a class whose solver is not here
+        scheduler._check_noise()  # refuses a class whose solver is not here
+        scheduler._train_grid()
         return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    def _register(self, **values: Any) -> None:  # noqa: ANN401
+        """Puts values into the configuration that stay there when a stock class takes it over, which drops defaults."""
+        if defaults := sorted(set(self.config.get("_use_default_values", ())) - set(values)):
+            values["_use_default_values"] = defaults
+        self.register_to_config(**values)
 
     def stock_config(self) -> tuple[str, dict[str, Any]]:
         """Returns a stock class and a configuration that it loads, with ours in the one hidden key ``flowkit``.
@@ -181,13 +218,33 @@ class RectifiedFlowScheduler(TableScheduler):
         """
         name = self.config["solver"]
         if name is None and self.config["stock"]:
-            if spec := imitation.solver_spec(self.config):
-                return _imitated(spec, self.path)
+            if found := imitation.own_solver(self.config):
+                return found
             raise ValueError(
                 f"the solver of {self.config['stock']} with this configuration is not in flowkit; "
                 f"pass solver= one of {', '.join(solvers.SOLVERS)}"
             )
         return solvers.solver(name or ("unipc" if self.config["path"] == "flow" else "dpm++2m"), self.path)
+
+    @property
+    def _variance(self) -> str | None:
+        """The variance of the solver's noise, None for its own."""
+        kind = self.config["variance_type"]
+        if kind is None or self.method.noise != "ancestral" or not self.method.first_order:
+            return None
+        if kind not in variances.VARIANCES or self.config["path"] != "vp":
+            raise ValueError(f"variance_type={kind!r} on the path {self.config['path']!r} is none; choose "
+                             f"{', '.join(variances.VARIANCES)} on 'vp', or None")  # fmt: skip
+        return str(kind)
+
+    def _check_noise(self) -> None:
+        config, method = self.config, self.method
+        table.check_noise(method, config["eta"] or 0.0, config["s_churn"])
+        noisy = method.noise or config["eta"] or config["s_churn"]
+        if config["s_noise"] != 1 and not noisy:
+            raise ValueError(f"s_noise={config['s_noise']} has no effect on {method.name!r}, which adds no noise; set eta or "
+                             "s_churn, or choose a stochastic solver")  # fmt: skip
+        _ = self._variance
 
     @property
     def grid(self) -> Grid | None:
@@ -205,7 +262,7 @@ class RectifiedFlowScheduler(TableScheduler):
         """
         self._check_grid(grid, self.path)
         self._grid = grid
-        self.register_to_config(grid=None if grid is None else grid.to_dict())
+        self._register(grid=None if grid is None else grid.to_dict())
 
     def _check_grid(self, grid: Grid | None, path: Path) -> None:
         if grid is None:
@@ -230,23 +287,30 @@ class RectifiedFlowScheduler(TableScheduler):
         config, path = self.config, self.path
         kind = config["prediction_type"]
         levels, times, ends = self._grid_for(path, num_inference_steps, timesteps, sigmas, mu)
+        method = self.method
         plan = Plan(
             path=path,
             prediction=_EDM.get(kind, kind) if path.name == "edm" else kind,
-            method=self.method,
+            method=method,
             levels=levels,
             times=times,
             ends=ends,
+            eta=config["eta"],
+            s_noise=config["s_noise"],
+            variance=self._variance,
             start=imitation.start_scale(config, levels),
             finish=imitation.end_scale(config, levels),
             limit=clipping.limiter(config),
             keyed=config["noise"] == "keyed",
             debug=config["debug"],
         )
-        if spec := imitation.solver_spec(config) if config["stock"] and config["solver"] is None else None:
-            orders = imitation.orders(config, len(times))
-            plan = replace(plan, orders=orders, uncorrected=spec["disable_corrector"])
-        return plan
+        if config["stock"] and config["solver"] is None:
+            plan = replace(
+                plan, orders=imitation.orders(config, len(times)), uncorrected=config.get("disable_corrector") or ()
+            )
+            if method.name == "plms" and len(times) > 1:
+                plan = plans.repeated(plan)
+        return plans.churned(plan, config) if config["s_churn"] else plan
 
     def _grid_for(
         self,
@@ -290,14 +354,6 @@ class RectifiedFlowScheduler(TableScheduler):
     def _laid(self, grid: Grid) -> tuple[Sequence[float], Sequence[float], None]:
         path = self.path
         return grid.sigmas, grid.timesteps or [path.time(path.at_level(v)) for v in grid.sigmas[:-1]], None
-
-
-def _imitated(spec: Mapping[str, Any], path: Path) -> Solver:
-    """The solver of a stock class: multistep methods as published, whatever form suits the path best."""
-    name, kind = spec["name"], spec["solver_type"]
-    if name in ("dpm++2m", "unipc"):
-        return replace(solvers.find(name), rule=_RULES[kind], order=spec["order"])
-    return solvers.solver(name, path)
 
 
 def _span(path: Path) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from flowkit import paths
 from flowkit.paths import Path
 from flowkit.schedulers.stock_classes import CLASSES, REFUSED, own, translate
 from flowkit.schedulers.stock_grids import lay
-from flowkit.schedulers.stock_solvers import orders, solver_spec
+from flowkit.schedulers.stock_solvers import orders, own_solver
 from flowkit.schedulers.stock_spacing import Array, Config
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "levels",
     "make_path",
     "orders",
-    "solver_spec",
+    "own_solver",
     "start_scale",
     "translate",
 ]

@@ -123,12 +123,12 @@ _STAND_INS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 # Each has the parameters of another class, by which a nameless configuration is read.
+_KDPM2 = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 _TWINS: Final = (
+    *_KDPM2,
     "DDIMParallelScheduler",
     "DDPMParallelScheduler",
     "TCDScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
     "CogVideoXDDIMScheduler",
     "FlowMapEulerDiscreteScheduler",
 )
@@ -188,6 +188,19 @@ def infer(config: Mapping[str, Any]) -> str | None:
     best = max(full, key=lambda n: len(defaults(n)), default=None)
     small = best is not None and len(defaults(best)) < 6
     return None if small and best != "FlowMatchHeunDiscreteScheduler" else best
+
+
+def check_told(config: Mapping[str, Any]) -> None:
+    """Refuses a nameless configuration that several classes with solvers of their own have.
+
+    Raises:
+        ValueError: with the names of the classes.
+    """
+    if "_class_name" not in config and infer(config) == "LMSDiscreteScheduler":
+        names = " or ".join(("LMSDiscreteScheduler", *_KDPM2))
+        raise ValueError(
+            f"this configuration may be that of {names}, which run different solvers; pass the scheduler itself, or solver="
+        )
 
 
 def own(config: Mapping[str, Any]) -> dict[str, Any]:

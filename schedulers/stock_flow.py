@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from flowkit.schedulers.stock_spacing import Array, Config, Laid, check_range, closed, conversion, converted, count
+from flowkit.spacing import shift, stretch
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _match(c: Config, n: int) -> Array:
     total = c["num_train_timesteps"]
     limits = np.array([1.0, 1 / total])
     if not c.get("use_dynamic_shifting"):
-        limits = _shifted(limits, c["shift"])
+        limits = shift(limits, c["shift"])
     return np.asarray(np.linspace(limits[0] * total, limits[1] * total, n) / total)
 
 
@@ -132,15 +133,11 @@ def _shift(c: Config, rules: Flow, s: Array, mu: float | None, *, given: bool) -
     if not factor > 0:
         raise ValueError(f"a flow grid cannot be shifted by {amount:g}; give a positive number")
     if not timed:
-        s = _shifted(s, factor)
+        s = shift(s, factor)
     elif dynamic or not (given or amount == 1):
         s = factor / (factor + (1 / s - 1))
     if terminal := c.get("shift_terminal"):
         if not s[-1] < 1:
             raise ValueError(f"shift_terminal={terminal} needs at least two steps, got {len(s)}; ask for more")
-        s = 1 - (1 - s) / ((1 - s[-1]) / (1 - terminal))
+        s = stretch(s, terminal)
     return np.array(s)
-
-
-def _shifted(s: Array, shift: float) -> Array:
-    return np.asarray(shift * s / (1 + (shift - 1) * s))

@@ -25,11 +25,10 @@ from flowkit.schedulers.stock_spacing import (
     conversion,
     converted,
     count,
-    exponential,
-    karras,
     numbers,
     short,
 )
+from flowkit.spacing import exponential, karras
 
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 

@@ -3,64 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from flowkit.schedulers.stock_classes import own
+from flowkit.solvers import Gauge, Rule, Solver, find
 
-_SOLVERS: Final[dict[str, str]] = {
-    "DDIMScheduler": "euler",
-    "DDIMParallelScheduler": "euler",
-    "CogVideoXDDIMScheduler": "euler",
-    "EulerDiscreteScheduler": "euler",
-    "EDMEulerScheduler": "euler",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "LTXEulerAncestralRFScheduler": "euler",
-    "HeliosScheduler": "euler",
-    "HeunDiscreteScheduler": "heun",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m",
-    "EDMDPMSolverMultistepScheduler": "dpm++2m",
-    "UniPCMultistepScheduler": "unipc",
-}
-# What else the configuration must say for the solver to be that one.
-_PROVIDED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
-    "DPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "deis"), "solver_order": (1, 2)},
-    "EDMDPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "deis"), "solver_order": (1, 2)},
-    "UniPCMultistepScheduler": {"predict_x0": (True,), "solver_order": (1, 2), "solver_p": (None,)},
-    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False, None)},
-    "LTXEulerAncestralRFScheduler": {"eta": (0,)},
-    "HeliosScheduler": {"scheduler_type": ("euler",)},
-}
+_EULER: Final = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "CogVideoXDDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EDMEulerScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+)
+_HEUN: Final = ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+_MULTISTEP: Final = ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler")
+# Rows of two predictions, by solver_type; other values mean the class's own.
+_RULES: Final[dict[str, Rule]] = {"midpoint": "mid", "heun": "exact", "bh1": "bh1", "bh2": "mid"}
 
 
-def solver_spec(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Describes the solver of the imitated class, for Euler (DDIM is Euler), Heun, DPM-Solver++(2M) and UniPC up to order 2.
+def own_solver(config: Mapping[str, Any]) -> Solver | None:
+    """Returns the solver of the imitated class, or None where it is not a table of ours.
 
     Args:
         config: a configuration from `translate`.
-
-    Returns:
-        None where the class runs another solver (order 3, SDE, ancestral, LMS, PNDM, LCM, ...), otherwise
-
-        - ``name``: "euler", "heun", "dpm++2m" or "unipc";
-        - ``order``: 1 or 2; `orders` has it step by step;
-        - ``solver_type``: "midpoint" or "heun" of dpm++2m, "bh1" or "bh2" of unipc, otherwise None;
-        - ``disable_corrector``: steps whose result UniPC does not correct.
     """
     c = own(config)
-    stock = c["stock"]
-    if stock not in _SOLVERS or any(c[k] not in allowed for k, allowed in _PROVIDED.get(stock, {}).items()):
-        return None
-    name, solver_type = _SOLVERS[stock], None
-    if name in ("dpm++2m", "unipc"):
-        own_types = ("midpoint", "heun") if name == "dpm++2m" else ("bh2", "bh1")
-        solver_type = c["solver_type"] if c["solver_type"] in own_types else own_types[0]
-    return {
-        "name": name,
-        "order": c["solver_order"] if solver_type else 2 if name == "heun" else 1,
-        "solver_type": solver_type,
-        "disable_corrector": list(c.get("disable_corrector", ())),
-    }
+    stock, order = c["stock"], c.get("solver_order", 1)
+    natural: Gauge = "flow" if c["path"] == "flow" else "eps"
+    if stock in _EULER:
+        if c.get("stochastic_sampling"):
+            return replace(find("ancestral"), noise="full")
+        return replace(find("ancestral"), noise="rf") if c.get("eta") else replace(find("euler"), gauge=natural)
+    if stock in _HEUN:
+        return replace(find("heun"), gauge=natural)
+    match stock:
+        case "HeliosScheduler" if c["scheduler_type"] == "euler":
+            return replace(find("euler"), gauge=natural)
+        case "EulerAncestralDiscreteScheduler":
+            return find("ancestral")
+        case "DDPMScheduler" | "DDPMParallelScheduler":
+            return None if c["variance_type"] == "fixed_large_log" else find("ancestral")
+        case "LMSDiscreteScheduler":
+            return replace(find("lms"), gauge="eps")
+        case "KDPM2DiscreteScheduler":
+            return replace(find("dpm++2s"), name="dpm2", gauge="eps")
+        case "KDPM2AncestralDiscreteScheduler":
+            return replace(find("dpm++2s"), name="dpm2", gauge="eps", noise="ancestral")
+        case "PNDMScheduler" if c["skip_prk_steps"] and c["timestep_spacing"] == "leading" and _predicts_eps(c):
+            # Liu et al. 2022, equation 12, whose first step is made twice.
+            return Solver("plms", 2, "eps", "index", order=4, corrector=True)
+        case "DEISMultistepScheduler":
+            return replace(find("deis"), order=order)
+        case "UniPCMultistepScheduler" if c["solver_p"] is None and order <= 3:
+            rule = _RULES[c["solver_type"] if c["solver_type"] in ("bh1", "bh2") else "bh2"]
+            gauge: Gauge = "x0" if c["predict_x0"] else "eps"
+            return replace(find("unipc"), gauge=gauge, rules=(rule, "exact"), order=order)
+        case _ if stock in _MULTISTEP or stock == "DPMSolverSinglestepScheduler":
+            return _dpm(c, singlestep=stock not in _MULTISTEP)
+    return None
+
+
+def _dpm(c: Mapping[str, Any], singlestep: bool) -> Solver | None:
+    """DPM-Solver and DPM-Solver++, as an ODE or an SDE."""
+    algorithm, order = c["algorithm_type"], c["solver_order"]
+    stochastic = algorithm.startswith("sde-")
+    if order > 3 or (stochastic and (singlestep or order > 2)):
+        return None  # fresh noise in every row would have to be taken out again; order 3 is none for an SDE
+    gauge: Gauge = "eps" if algorithm.endswith("dpmsolver") else "x0"
+    rule = _RULES[c["solver_type"] if c["solver_type"] in ("midpoint", "heun") else "midpoint"]
+    third: Rule = "half"
+    if singlestep:
+        third = "exact" if rule == "exact" else "outer"
+    family = "dpm" if gauge == "eps" else "dpm++"
+    name = f"{'sde-' if stochastic else ''}{family}{order}{'s' if singlestep else 'm'}"
+    noise = {"noise": "exact"} if stochastic else {}
+    return Solver(name, order, gauge, "lambda", (rule, third), order, singlestep=singlestep, **noise)  # type: ignore[arg-type]
+
+
+def _predicts_eps(c: Mapping[str, Any]) -> bool:
+    return bool(c["prediction_type"] == "epsilon")
 
 
 def orders(config: Mapping[str, Any], n: int) -> list[int]:
@@ -96,10 +120,12 @@ def orders(config: Mapping[str, Any], n: int) -> list[int]:
             grown = [i % order + 1 for i in range(n)]
             if zero or (lower and n % order == 0):
                 grown[-1] = 1
-        case _ if _SOLVERS.get(stock) == "heun":
+        case _ if stock in _HEUN:
             grown = [2] * (n - 1) + [1]
-        case _ if stock not in _SOLVERS:
+        case _ if (found := own_solver(c)) is None:
             raise ValueError(f"{stock} has no list of orders; choose a solver")
+        case _:
+            grown = [min(found.order, i + 1) for i in range(n)]
     return grown
 
 

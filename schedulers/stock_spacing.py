@@ -1,16 +1,16 @@
-"""What the grids of diffusers' scheduler classes share: checked arguments, and karras, exponential and beta spacing."""
+"""What the grids of diffusers' scheduler classes share: checked arguments, and which spacing a configuration asks for."""
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from flowkit.spacing import Array as Array
+from flowkit.spacing import beta, exponential, karras
+
 Config = Mapping[str, Any]
 # In the order in which the stock classes look at them.
 CONVERSIONS = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -54,23 +54,8 @@ def converted(c: Config, span: Array, n: int, *, limits: bool = True) -> Array:
     if kind == "use_karras_sigmas":
         return karras(low, high, n)
     if kind == "use_beta_sigmas":
-        try:
-            from scipy.stats import beta
-        except ImportError as error:
-            raise ImportError("use_beta_sigmas=True needs SciPy; install it with: pip install scipy") from error
-        return np.asarray(low + beta.ppf(1 - np.linspace(0, 1, n), 0.6, 0.6) * (high - low))
+        return beta(low, high, n)
     return exponential(low, high, n)
-
-
-def karras(low: float, high: float, n: int, rho: float = 7.0) -> Array:
-    """Returns n levels from high to low, even in ``sigma^(1/rho)`` (Karras et al. 2022, equation 5)."""
-    low, high = low ** (1 / rho), high ** (1 / rho)
-    return np.asarray((high + np.linspace(0, 1, n) * (low - high)) ** rho)
-
-
-def exponential(low: float, high: float, n: int) -> Array:
-    """Returns n levels from high to low, even in ``log sigma``."""
-    return np.exp(np.linspace(math.log(high), math.log(low), n))
 
 
 def numbers(name: str, values: Iterable[float] | None) -> Array | None:

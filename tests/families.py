@@ -17,7 +17,7 @@ from flowkit.solvers import SOLVERS
 from .tiny import PIPELINES, build, run
 
 # Of the tiny pipelines, those that no scheduler of ours can drive; `CANNOT` says why.
-_STUCK = ("mochi", "consistency", "lcm", "sana-sprint", "cosmos2")
+_STUCK = ("mochi", "consistency", "lcm", "sana-sprint", "cosmos2", "sd15-sag")
 WORKING = [name for name in PIPELINES if name not in _STUCK]
 
 # They pass sigmas, take the number of calls for the number of steps, and slice by calls times calls: with more than one call a
@@ -38,7 +38,7 @@ NOTES = {
     "bria": "its argument timesteps fails; swap with use_dynamic_shifting=False: the shift is for its own class only",
     "cogview4": "always passes sigmas and timesteps, so from FlowMatchEulerDiscreteScheduler only",
     "kandinsky5": "overwrites samples in place: stock Heun and UniPC read what was overwritten",
-    "ltx-condition": "a model time for each token: first-order solvers, without noise",
+    "ltx-condition": "a model time for each token",
     "ltx2": "a copy of the scheduler drives the sound",
     "sd15-inpaint": "of a text-to-image checkpoint, by a mask at every step",
     "sdxl-inpaint": "of a text-to-image checkpoint, by a mask at every step",
@@ -71,7 +71,6 @@ MADE_FOR = {
 _PRIOR = "passes prev_timestep to step"
 # What they read of their scheduler, and only some stock classes have.
 READ = {
-    "StableDiffusionSAGPipeline": "alphas_cumprod",
     "TextToVideoZeroPipeline": "alphas",
     "TextToVideoZeroSDXLPipeline": "alphas",
     "StableDiffusionParadigmsPipeline": "batch_step_no_noise",
@@ -86,6 +85,7 @@ CANNOT: dict[str, str] = {
     ),
     "LongCatAudioDiTPipeline": "puts a FlowMatchEulerDiscreteScheduler in the place of any other; its flow runs from 0 to 1",
     "MochiPipeline": "its flow runs from 0 to 1 (invert_sigmas=True)",
+    "StableDiffusionSAGPipeline": "takes schedulers by the names of their classes",
     "LTXI2VLongMultiPromptPipeline": "leaves out the last timestep, which only LTXEulerAncestralRFScheduler has at the terminal",
     "Cosmos2TextToImagePipeline": "passes rising sigmas, which stand for levels up to 80, and edits those of its scheduler",
     **dict.fromkeys(
@@ -121,7 +121,7 @@ def steps_of(family: str) -> int:
 def solvers_of(family: str) -> list[str]:
     """The solvers that give right results in a family."""
     if family in PER_TOKEN:
-        return [name for name, solver in SOLVERS.items() if solver.first_order]
+        return [name for name, solver in SOLVERS.items() if solver.first_order and not solver.noise]
     return [name for name, solver in SOLVERS.items() if family not in LATE or solver.stages == 1]
 
 
@@ -188,7 +188,7 @@ def table() -> str:
     for family in WORKING:
         calls, pipeline = listened(family), PIPELINES[family].pipeline.__name__
         noise = "none" if family in PER_TOKEN else "`generator`" if all(calls.generators) else "global"
-        which = "first-order" if family in PER_TOKEN else "one call a step" if family in LATE else "all"
+        which = ", ".join(solvers_of(family)) if family in PER_TOKEN else "one call a step" if family in LATE else "all"
         passes = _spelled(sorted(calls.passed))
         row = (family, pipeline, _spelled(takes(family)), passes, noise, which, NOTES.get(family, ""))
         lines.append(f"| {' | '.join(row)} |")

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler, LMSDiscreteScheduler
 from torch import Tensor
 
 from flowkit import RectifiedFlowScheduler
@@ -30,7 +31,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 def swapped(pipe: Any, **knobs: Any) -> Any:
     """The pipeline itself, with our scheduler from the configuration of the one that it has."""
-    pipe.scheduler = RectifiedFlowScheduler.from_config(pipe.scheduler.config, **knobs)
+    told_apart = not isinstance(
+        pipe.scheduler, LMSDiscreteScheduler | KDPM2DiscreteScheduler | KDPM2AncestralDiscreteScheduler
+    )
+    pipe.scheduler = RectifiedFlowScheduler.from_config(
+        pipe.scheduler.config if told_apart else pipe.scheduler, **knobs
+    )
     return pipe
 
 

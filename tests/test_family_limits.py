@@ -58,6 +58,7 @@ def test_longcat_audio_replaces_the_scheduler() -> None:
     [
         ("lcm", (DDIM, {**SD, **V}), "unexpected keyword argument 'original_inference_steps'"),
         ("sana-sprint", (MATCH, {}), "unexpected keyword argument 'max_timesteps'"),
+        ("sd15-sag", (DDIM, {**SD, **V}), "does not support using a scheduler of type RectifiedFlowScheduler"),
         ("cosmos2", (MATCH, {"use_karras_sigmas": True}), r"^sigmas must be finite and fall strictly .* \[0\. .* 1\. "),
         *(
             (family, (MATCH, {"use_dynamic_shifting": True}), "needs a number mu, got None; pass mu=")

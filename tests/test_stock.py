@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import diffusers
@@ -746,50 +746,76 @@ def test_orders_of_one_step_classes() -> None:
     assert stock.orders(translated("HeunDiscreteScheduler"), 3) == [2, 2, 1]
     assert stock.orders(translated("FlowMatchHeunDiscreteScheduler"), 1) == [1]
     assert stock.orders(translated("DDIMScheduler"), 2) == [1, 1]
-    with pytest.raises(ValueError, match=r"LMSDiscreteScheduler .*choose a solver"):
-        stock.orders(translated("LMSDiscreteScheduler"), 3)
+    assert stock.orders(translated("LMSDiscreteScheduler"), 6) == [1, 2, 3, 4, 4, 4]
+    with pytest.raises(ValueError, match=r"LCMScheduler .*choose a solver"):
+        stock.orders(translated("LCMScheduler"), 3)
 
 
-SOLVERS: list[tuple[str, Options, Mapping[str, Any] | None]] = [
-    ("DDIMScheduler", {}, {"name": "euler", "order": 1}),
-    ("CogVideoXDDIMScheduler", {}, {"name": "euler"}),
-    ("EulerDiscreteScheduler", {}, {"name": "euler", "order": 1, "solver_type": None}),
-    ("HeunDiscreteScheduler", {}, {"name": "heun", "order": 2}),
-    ("FlowMatchEulerDiscreteScheduler", {}, {"name": "euler"}),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, None),
-    ("FlowMatchHeunDiscreteScheduler", {}, {"name": "heun"}),
-    ("EDMEulerScheduler", {}, {"name": "euler"}),
-    ("EDMDPMSolverMultistepScheduler", {"solver_type": "heun"}, {"name": "dpm++2m", "order": 2, "solver_type": "heun"}),
-    ("DPMSolverMultistepScheduler", {}, {"name": "dpm++2m", "order": 2, "solver_type": "midpoint"}),
-    ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}, {"name": "dpm++2m", "solver_type": "midpoint"}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "deis"}, {"name": "dpm++2m"}),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3}, None),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, None),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, None),
-    ("UniPCMultistepScheduler", {"disable_corrector": [0]}, {"name": "unipc", "solver_type": "bh2", "disable_corrector": [0]}),
-    ("UniPCMultistepScheduler", {"solver_type": "bh1", "solver_order": 1}, {"solver_type": "bh1", "order": 1}),
-    ("UniPCMultistepScheduler", {"predict_x0": False}, None),
-    ("UniPCMultistepScheduler", {"solver_order": 3}, None),
-    ("LTXEulerAncestralRFScheduler", {}, None),
-    ("LTXEulerAncestralRFScheduler", {"eta": 0.0}, {"name": "euler"}),
+# Name, gauge and order of the solver of a configuration, or None where it is not a table of ours.
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+SOLVERS: list[tuple[str, Options, tuple[str, str, int] | None]] = [
+    ("DDIMScheduler", {}, ("euler", "eps", 1)),
+    ("CogVideoXDDIMScheduler", {}, ("euler", "eps", 1)),
+    ("EulerDiscreteScheduler", {}, ("euler", "eps", 1)),
+    ("EulerAncestralDiscreteScheduler", {}, ("ancestral", "x0", 1)),
+    ("DDPMScheduler", {}, ("ancestral", "x0", 1)),
+    ("DDPMScheduler", {"variance_type": "fixed_large_log"}, None),
+    ("HeunDiscreteScheduler", {}, ("heun", "eps", 1)),
+    ("LMSDiscreteScheduler", {}, ("lms", "eps", 4)),
+    ("KDPM2DiscreteScheduler", {}, ("dpm2", "eps", 2)),
+    ("KDPM2AncestralDiscreteScheduler", {}, ("dpm2", "eps", 2)),
+    ("PNDMScheduler", {"skip_prk_steps": True}, ("plms", "eps", 4)),
+    ("PNDMScheduler", {}, None),
+    ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "v_prediction"}, None),
+    ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "trailing"}, None),
+    ("FlowMatchEulerDiscreteScheduler", {}, ("euler", "flow", 1)),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, ("ancestral", "x0", 1)),
+    ("FlowMatchHeunDiscreteScheduler", {}, ("heun", "flow", 1)),
+    ("EDMEulerScheduler", {}, ("euler", "eps", 1)),
+    ("EDMDPMSolverMultistepScheduler", {"solver_type": "heun"}, ("dpm++2m", "x0", 2)),
+    ("DPMSolverMultistepScheduler", {}, ("dpm++2m", "x0", 2)),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "deis"}, ("dpm++2m", "x0", 2)),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}, ("dpm++3m", "x0", 3)),
+    ("DPMSolverMultistepScheduler", SDE, ("sde-dpm++2m", "x0", 2)),
+    ("DPMSolverMultistepScheduler", SDE | {"solver_order": 3}, None),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, ("dpm2m", "eps", 2)),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3}, ("dpm++3s", "x0", 3)),
+    ("DPMSolverSinglestepScheduler", SDE, None),
+    ("UniPCMultistepScheduler", {}, ("unipc", "x0", 2)),
+    ("UniPCMultistepScheduler", {"predict_x0": False, "solver_order": 3}, ("unipc", "eps", 3)),
+    ("UniPCMultistepScheduler", {"solver_order": 4}, None),
+    ("DEISMultistepScheduler", {"solver_order": 3}, ("deis", "eps", 3)),
+    ("LTXEulerAncestralRFScheduler", {}, ("ancestral", "x0", 1)),
+    ("LTXEulerAncestralRFScheduler", {"eta": 0.0}, ("euler", "flow", 1)),
     ("HeliosScheduler", {"stages": 1}, None),
-    ("HeliosScheduler", {"stages": 1, "scheduler_type": "euler"}, {"name": "euler"}),
+    ("HeliosScheduler", {"stages": 1, "scheduler_type": "euler"}, ("euler", "flow", 1)),
     *((name, {}, None) for name in (
-        "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler", "LMSDiscreteScheduler", "SASolverScheduler",
-        "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler", "IPNDMScheduler",
-        "DPMSolverSinglestepScheduler", "FlowMatchLCMScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler")),
+        "LCMScheduler", "TCDScheduler", "SASolverScheduler", "IPNDMScheduler", "FlowMatchLCMScheduler", "CogVideoXDPMScheduler",
+        "UnCLIPScheduler", "DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "options", "wanted"), SOLVERS)
-def test_solver_spec(name: str, options: Options, wanted: Mapping[str, Any] | None) -> None:
-    spec = stock.solver_spec(translated(name, **options))
-    if wanted is None:
-        assert spec is None
-    else:
-        assert spec is not None
-        assert {k: spec[k] for k in wanted} == wanted
-        json.dumps(spec)
+def test_own_solver(name: str, options: Options, wanted: tuple[str, str, int] | None) -> None:
+    found = stock.own_solver(translated(name, **options))
+    assert (found and (found.name, found.gauge, found.order)) == wanted
+
+
+def test_solver_types_are_rules() -> None:
+    """Of two predictions and of three, as the classes' own update functions weight them."""
+    for name, options, rules in (
+        ("DPMSolverMultistepScheduler", {}, ("mid", "half")),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, ("exact", "half")),
+        ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}, ("mid", "half")),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3}, ("mid", "outer")),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3, "solver_type": "heun"}, ("exact", "exact")),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, ("bh1", "exact")),
+        ("UniPCMultistepScheduler", {"solver_type": "midpoint"}, ("mid", "exact")),
+        ("DEISMultistepScheduler", {}, ("exact",)),
+    ):
+        found = stock.own_solver(translated(name, **options))
+        assert found is not None
+        assert found.rules == rules, name
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -917,7 +943,7 @@ def test_calls_that_cannot_be_are_refused(name: str, options: Options, call: Opt
 
 def test_beta_grids_name_scipy_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ImportError, match=r"use_beta_sigmas=True needs SciPy; .*pip install scipy"):
+    with pytest.raises(ImportError, match=r"a beta grid needs SciPy; .*pip install scipy"):
         stock.levels(translated("EulerDiscreteScheduler", use_beta_sigmas=True), 5)
 
 

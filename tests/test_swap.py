@@ -38,11 +38,26 @@ pytestmark = [
 Config = dict[str, Any]
 Case = tuple[str, str, Config]  # family, stock class, configuration
 
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 X0 = {"prediction_type": "sample"}  # what the tiny networks say of x0 stays in range, so that few pixels are clamped
 MULTISTEP = (DPM, UNIPC)
 SD_CLASSES = (DDIM, EULER, HEUN, *MULTISTEP)
-OURS = {*SD_CLASSES, "DDIMParallelScheduler", "CogVideoXDDIMScheduler", MATCH, MATCH_HEUN}  # whose solver is here
-OURS |= {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+# Whose solver is no table of ours, or not with the default configuration.
+OTHERS = {
+    "CogVideoXDPMScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "FlowMatchLCMScheduler",
+}
+OTHERS |= {
+    "HeliosScheduler",
+    "IPNDMScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UnCLIPScheduler",
+}
 SPACINGS = ("linspace", "leading", "trailing")
 SOLVERS = ("euler", "heun", "dpm++2m", "unipc")
 
@@ -57,8 +72,22 @@ PARITY: list[Case] = [
     ("sd15", DPM, {**SD, "solver_type": "heun", "final_sigmas_type": "sigma_min"}),
     ("sd15", UNIPC, {**SD, "solver_type": "bh1", "final_sigmas_type": "sigma_min", "disable_corrector": [0]}),
     *(("sd15-img2img", name, {**SD, **V}) for name in SD_CLASSES),
+    (
+        "sd15",
+        "PNDMScheduler",
+        {**SD, "skip_prk_steps": True, "set_alpha_to_one": False},
+    ),  # as Stable Diffusion 1.5 comes
+    *(("sd15", f"{k}DiscreteScheduler", SD) for k in ("EulerAncestral", "LMS", "KDPM2", "KDPM2Ancestral")),
+    ("sd15", "DDPMScheduler", {**SD, **V, "clip_sample": False, "timestep_spacing": "trailing"}),
+    ("sd15", "DPMSolverSinglestepScheduler", {**BETAS, **V, "solver_order": 3}),
+    ("sd15", "DEISMultistepScheduler", {**SD, **V}),
+    ("sd15", DPM, {**SD, **V, "algorithm_type": "sde-dpmsolver++"}),
+    *(("sd15", name, {**SD, **V, "solver_order": 3}) for name in MULTISTEP),
+    *(("sd15-img2img", f"{k}DiscreteScheduler", {**SD, **V}) for k in ("EulerAncestral", "KDPM2")),
+    ("ddpm", "DDPMScheduler", {**X0, "variance_type": "fixed_large"}),
     ("ddpm", DDIM, {**X0, "clip_sample": True}),
     ("ddpm", DPM, V),
+    ("sd3", "DPMSolverSinglestepScheduler", FLOW),
     ("ddpm", MATCH, {"shift": 3.0}),
     ("dit", DDIM, {**V, "clip_sample": False}),
     *(("dit", name, {}) for name in MULTISTEP),
@@ -85,6 +114,7 @@ MORE: list[Case] = [
     ("sd15", "EDMEulerScheduler", {}),
     ("sd15", "EDMDPMSolverMultistepScheduler", {}),
     *(("sd15-img2img", name, {**SD, "timestep_spacing": s}) for name in SD_CLASSES for s in SPACINGS),
+    ("sd3", "DEISMultistepScheduler", FLOW),
     ("ddpm", DDIM, {**X0, "timestep_spacing": "trailing"}),
     ("ddpm", DPM, {**V, "use_karras_sigmas": True}),
     *(("sd3", MATCH, {f"use_{k}_sigmas": True, "shift": 3.0}) for k in ("karras", "exponential")),
@@ -170,7 +200,7 @@ def test_the_last_class_counts_when_a_configuration_has_been_through_several(nam
 def test_every_stock_class_runs_or_asks_for_a_solver(name: str) -> None:
     config = {"_class_name": name, **({"stages": 1} if name == "HeliosScheduler" else {})}
     knobs = {}
-    if name not in OURS:
+    if name in OTHERS:
         with pytest.raises(ValueError, match=f"{name}.*pass solver= one of .*heun"):
             RectifiedFlowScheduler.from_config(config)
         knobs = {"solver": "dpm++2m"}
@@ -594,9 +624,9 @@ def test_eta_is_that_of_ddim(eta: float, spacing: str) -> None:
     assert difference(theirs, without) > 1e-3
     assert difference(run(swapped(pipe), eta=eta), theirs) < 1e-5
     assert difference(run(pipe), without) < 1e-5
-    swapped(pipe, solver="heun")
+    swapped(pipe, solver="dpm++2m")
     with pytest.raises(
-        ValueError, match=rf"^eta = {eta:g} needs a first-order solver, but this is 'heun'; use solver='euler'"
+        ValueError, match=rf"^eta = {eta:g} needs a one-step solver, but this is 'dpm\+\+2m'; use solver='euler'"
     ):
         run(pipe, eta=eta)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 
 from .tiny_parts import (
+    DDIM,
     EULER,
     LATENT,
     MATCH,
@@ -162,6 +163,7 @@ VARIANTS: dict[str, Family] = {
         diffusers.StableDiffusionControlNetPipeline, _sd15_control, {**_TEXT, "image": image(16)}, _EULER
     ),
     "sd15-pag": Family(diffusers.StableDiffusionPAGPipeline, _sd15, _TEXT, _EULER),
+    "sd15-sag": Family(diffusers.StableDiffusionSAGPipeline, _sd15, _TEXT, (DDIM, {**SD, **V, "clip_sample": False})),
     "sd15-instruct": Family(
         diffusers.StableDiffusionInstructPix2PixPipeline,
         _sd15_edit,

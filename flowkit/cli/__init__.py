@@ -84,6 +84,97 @@ def _demo(
     run(data=data, output=output, fast=fast, samples=samples, seed=seed)
 
 
+@app.command("grid")
+def _grid(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Grid files, lists such as 1.0,0.6,0.0, or names: uniform (also called trailing), leading, linspace, karras, "
+            "exponential, beta, ays-sd15, ays-sdxl, ays-svd.",
+            show_default=False,
+        ),
+    ],
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of a named grid; files and lists are resampled to it, log-linearly.",
+            metavar="N",
+            min=1,
+            max=10_000,
+            show_default="the first file's or list's, or 10",
+        ),
+    ] = None,
+    path: Annotated[
+        Literal["flow", "vp", "cosine", "ve", "edm"] | None,
+        typer.Option(
+            help="Path to build on, and to convert files to; vp has Stable Diffusion's betas.",
+            show_default="a file's own, vp or edm for ays, flow for the rest",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Take the path of a saved pipeline or scheduler instead.", metavar="DIR"),
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="Push flow grids towards noise by K > 0.", metavar="K")] = None,
+    mu: Annotated[
+        float | None,
+        typer.Option(help="The same by exp(M), as dynamic shifting does.", metavar="M"),
+    ] = None,
+    terminal: Annotated[
+        float | None,
+        typer.Option(help="Stretch flow grids to this last level before 0.", metavar="S"),
+    ] = None,
+    whole_times: Annotated[
+        bool, typer.Option("--whole-times", help="Move each level to the nearest whole model time.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print every solver's facts and its table of the run.")] = False,
+    solver: Annotated[str | None, typer.Option(help="The same for one solver.", metavar="NAME")] = None,
+    for_stock: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the call that puts a stock scheduler on the grid: a class of diffusers, or a saved pipeline or "
+            "scheduler. A class is built from --model if given, else with its defaults.",
+            metavar="CLASS|DIR",
+        ),
+    ] = None,
+    stock_mu: Annotated[
+        float | None,
+        typer.Option(help="The mu that this scheduler will be given.", metavar="M"),
+    ] = None,
+    comfyui: Annotated[
+        bool, typer.Option("--comfyui", help="Print the levels for ComfyUI's ManualSigmas node.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the grid to a file.", metavar="FILE")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the levels: a .png, .svg or .pdf file.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Show, compare, convert and export grids: the noise levels of a sampler's steps."""
+    from flowkit.cli.grid import run
+
+    run(
+        sources,
+        steps=steps,
+        path=path,
+        model=model,
+        shift=shift,
+        mu=mu,
+        terminal=terminal,
+        whole_times=whole_times,
+        show=show,
+        solver=solver,
+        for_stock=for_stock,
+        stock_mu=stock_mu,
+        comfyui=comfyui,
+        save=save,
+        plot=plot,
+        as_json=as_json,
+    )
+
+
 def main() -> None:
     """Runs the command line on ``sys.argv``; the entry point of the ``flowkit`` script."""
     app(prog_name="flowkit")
