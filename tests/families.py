@@ -131,10 +131,12 @@ class Calls:
 
     Attributes:
         passed: names of what reaches set_timesteps beside the number of steps and the device.
+        mu: the amount of dynamic shift.
         generators: for every step, whether it brought a generator.
     """
 
     passed: set[str] = field(default_factory=set)
+    mu: float | None = None
     generators: list[bool] = field(default_factory=list)
 
 
@@ -148,6 +150,7 @@ class Listening(RectifiedFlowScheduler):
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         given = inspect.signature(RectifiedFlowScheduler.set_timesteps).bind(self, *args, **kwargs).arguments
         self.calls.passed |= {name for name in ("timesteps", "sigmas", "mu") if given.get(name) is not None}
+        self.calls.mu = given.get("mu")
         super().set_timesteps(*args, **kwargs)
 
     @functools.wraps(RectifiedFlowScheduler.step)
