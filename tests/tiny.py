@@ -13,8 +13,10 @@ import transformers
 from torch import Generator, Tensor
 
 from . import tiny_parts as t
+from .tiny_diffusion import DIFFUSION
 from .tiny_image import IMAGE
 from .tiny_parts import Family, Parts
+from .tiny_sound import SOUND
 from .tiny_variants import VARIANTS
 from .tiny_video import VIDEO
 
@@ -219,7 +221,9 @@ PIPELINES: dict[str, Family] = {
     "flux": Family(diffusers.FluxPipeline, _flux, _FLUX, _DYNAMIC, calls=2),
     "flux-img2img": Family(diffusers.FluxImg2ImgPipeline, _flux, {**_FLUX, **_BEGIN}, _DYNAMIC, calls=2, strength=0.5),
     "flux-inpaint": Family(diffusers.FluxInpaintPipeline, _flux, {**_FLUX, **_MASK}, _DYNAMIC, calls=2, strength=0.5),
+    **DIFFUSION,
     **IMAGE,
     **VIDEO,
+    **SOUND,
     **VARIANTS,
 }  # fmt: skip
