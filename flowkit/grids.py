@@ -22,6 +22,7 @@ GRIDS = (
     "trailing",
     "leading",
     "linspace",
+    "straight",
     "karras",
     "exponential",
     "beta",
@@ -76,8 +77,9 @@ class Grid(Levels):
         Args:
             steps: N >= 1.
             path: where; None means flow. On a discrete VP path the times are whole and those of DDIM in diffusers.
-            spacing: "trailing", "leading" or "linspace", see `flowkit.spacing.model_times`. On the flow path "linspace" is the
-                grid of FlowMatchEulerDiscreteScheduler.
+            spacing: "trailing", "leading" or "linspace", see `flowkit.spacing.model_times`; on the flow path "linspace" is the
+                grid of FlowMatchEulerDiscreteScheduler. Or "straight": levels evenly spaced in flow time on any path, from the
+                noisiest that the model knows.
 
         Raises:
             ValueError: for N < 1, N above the number of discrete times, an unknown spacing, or a path without a start (VE, EDM).
@@ -86,6 +88,8 @@ class Grid(Levels):
         check_steps(steps)
         if path.name in ("ve", "edm"):
             raise ValueError(f"the path {path.name!r} has no {spacing} grid, its noise is unbounded; use Grid.karras")
+        if spacing == "straight":
+            return cls((*(path.level(path.start * (1 - i / steps)) for i in range(steps)), 0.0), path.name)
         whole = path.name == "vp"
         total = len(path.rhos) if whole else path.num_train_timesteps
         if whole and steps > total:
@@ -285,8 +289,8 @@ def named(
     """Builds a grid from one of the names `GRIDS`.
 
     Args:
-        name: "uniform" or "trailing", "leading", "linspace" (`Grid.spaced`); "karras", "exponential", "beta" with their usual
-            parameters; "ays-sd15", "ays-sdxl", "ays-svd" (`Grid.ays`), converted to the path.
+        name: "uniform" or "trailing", "leading", "linspace", "straight" (`Grid.spaced`); "karras", "exponential", "beta" with
+            their usual parameters; "ays-sd15", "ays-sdxl", "ays-svd" (`Grid.ays`), converted to the path.
         steps: N >= 1.
         path: the path of the model.
         sigma_min: last level before 0 of the `BOUNDED` grids, in the path's convention; None means that of `limits`.

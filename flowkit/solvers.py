@@ -129,16 +129,32 @@ def find(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def solver(name: str, path: Path) -> Solver:
+def solver(name: str, path: Path, gauge: str | None = None) -> Solver:
     """Returns a solver by name, in the form that suits the path.
 
-    UniPC interpolates flow velocity in flow time on the flow path: no end rules and clean orders; elsewhere it is the published
-    x0 form in log-SNR.
+    Args:
+        name: one of `SOLVERS`.
+        path: the path of the sample.
+        gauge: what is held or interpolated, for solvers that leave it open: "eps" or "flow", for "unipc" also "x0". None means
+            the path's own, flow velocity on the flow path and eps elsewhere; UniPC then interpolates flow velocity in flow time
+            on the flow path (no end rules and clean orders), and x0 in log-SNR, as published, elsewhere. "flow" on another path
+            straightens it: the solver sees ``(1 - s) x0 + s eps``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a gauge that the solver does not have.
     """
     found = find(name)
-    if name == "unipc" and path.name == "flow":
-        found = replace(found, gauge="flow", tau="u", rules=("exact",))
-    return replace(found, gauge=found.gauge or ("flow" if path.name == "flow" else "eps"))
+    open_to: tuple[Gauge, ...] = ("eps", "flow", "x0") if name == "unipc" else ("eps", "flow")
+    if gauge is None and (found.gauge is None or name == "unipc"):
+        gauge = "flow" if path.name == "flow" else found.gauge or "eps"
+    if gauge is None:
+        return found
+    if gauge not in open_to or (found.gauge and name not in ("unipc", "edm")):
+        own = f"holds {found.gauge}" if found.gauge else "takes eps or flow"
+        raise ValueError(
+            f"solver {name!r} {own}, got gauge={gauge!r}; leave it out, or choose 'unipc', 'heun' or 'ab2'"
+        )
+    chosen = next(g for g in open_to if g == gauge)
+    if name == "unipc" and chosen == "flow":
+        return replace(found, gauge=chosen, tau="u", rules=("exact",))
+    return replace(found, gauge=chosen)

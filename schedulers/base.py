@@ -93,12 +93,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _train_grid(self) -> None:
         """Exports the training times and their levels, as training scripts look them up before any `set_timesteps`."""
         path, total = self.path, len(self)
-        first = total - 1 if path.name == "vp" else total
         shift = 1.0 if path.name != "flow" or self.config.get("use_dynamic_shifting") else self.config.get("shift", 1.0)
         if path.name in ("ve", "edm"):
             levels = list(Grid.karras(total, path=path.name).sigmas[:-1])
         else:
-            levels = [path.level(path.at_time(first - i)) for i in range(total)]
+            top = path.num_train_timesteps / total
+            times = [float(i) for i in range(total)] if path.name == "vp" else [top * (i + 1) for i in range(total)]
+            levels = [path.level(path.at_time(t)) for t in reversed(times)]
         if shift != 1:
             levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
         self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)

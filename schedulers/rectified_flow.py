@@ -13,12 +13,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from flowkit import predictions, solvers, table
-from flowkit.grids import Grid
+from flowkit.grids import GRIDS, Grid
 from flowkit.paths import Path
-from flowkit.schedulers import clipping, plans, stock_classes, variances
+from flowkit.schedulers import clipping, own_grids, plans, stock_classes, variances
 from flowkit.schedulers import stock as imitation
 from flowkit.schedulers.base import TableScheduler
 from flowkit.schedulers.plans import Plan
+from flowkit.schedulers.stock_flow import FLOW
+from flowkit.schedulers.stock_spacing import CONVERSIONS
 from flowkit.solvers import Solver
 
 _NATURAL = {"flow": "flow_prediction"}
@@ -42,15 +44,21 @@ class RectifiedFlowScheduler(TableScheduler):
             the flow path, epsilon elsewhere.
         solver: one of `flowkit.solvers.SOLVERS`. None means that of the imitated class; on a fresh scheduler "unipc" on the flow
             path and "dpm++2m" elsewhere.
-        grid: "uniform", "karras", or a `Grid` (also as its dict). None means that of the imitated class; on a fresh scheduler
-            "uniform", and "karras" on VE and EDM.
+        gauge: what ``solver`` holds or interpolates, where it leaves that open (see `flowkit.solvers.solver`); None means its form
+            for the path. "flow" on another path straightens it.
+        grid: one of `flowkit.grids.GRIDS` or a `Grid` (also as its dict), which wins over what pipelines pass. None means that of
+            the imitated class; on a fresh scheduler "uniform", and "karras" on VE and EDM.
         shift: static shift of the flow grid towards noise, > 0; 1 means none.
+        use_dynamic_shifting: shift by ``mu`` of `set_timesteps`, which pipelines compute from the image size, in place of shift.
+        time_shift_type: how mu shifts, "exponential" or "linear" (see `Grid.with_shift`).
+        shift_terminal: last level before 0 that the flow grid is stretched to; None means no stretching.
         beta_start: first training beta of "vp".
         beta_end: last training beta of "vp".
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
         trained_betas: the training betas themselves; None means the schedule.
-        sigma_min: last level of the "karras" grid before 0; None means .002 on VE and EDM, the model's own elsewhere.
-        sigma_max: first level of the "karras" grid; None means 80 on VE and EDM, the model's own elsewhere.
+        sigma_min: last level of the "karras", "exponential" and "beta" grids before 0; None means .002 on VE and EDM, the model's
+            own elsewhere.
+        sigma_max: first level of these grids; None means 80 on VE and EDM, the model's own elsewhere.
         sigma_data: standard deviation of the data on "edm".
         eta: level of the noise: in [0, 1] for ancestral steps, which a deterministic one-step solver then makes (Song et al. 2021,
             equation 16); any for the SDE solvers, 1 being the reverse of the forward SDE. None means 1 for a stochastic solver,
@@ -81,8 +89,12 @@ class RectifiedFlowScheduler(TableScheduler):
         path: str = "flow",
         prediction_type: str | None = None,
         solver: str | None = None,
+        gauge: str | None = None,
         grid: str | Mapping[str, Any] | Grid | None = None,
         shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
@@ -107,14 +119,23 @@ class RectifiedFlowScheduler(TableScheduler):
             raise ValueError(f"unknown noise {noise!r}; choose 'diffusers' or 'keyed'")
         if isinstance(grid, Mapping):
             grid = Grid.from_dict(grid)
-        if isinstance(grid, str) and grid not in ("uniform", "karras"):
-            raise ValueError(f"unknown grid {grid!r}; choose 'uniform' or 'karras', or pass a Grid")
+        if isinstance(grid, str) and grid not in GRIDS:
+            raise ValueError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}, or pass a Grid")
         if not shift > 0:
             raise ValueError(f"shift must be a positive number, got {shift}; 1 means none")
+        if path != "flow" and not stock and (shift != 1 or use_dynamic_shifting or shift_terminal):
+            raise ValueError(
+                f"shift={shift}, use_dynamic_shifting={use_dynamic_shifting} and shift_terminal={shift_terminal} move flow "
+                f"levels, but the path is {path!r}; leave them out"
+            )
         known = {"path": path, "prediction_type": prediction_type}
         self._register(**known, grid=grid.to_dict() if isinstance(grid, Grid) else grid)
         if solver is not None:
             solvers.find(solver)
+        elif gauge is not None and stock:
+            raise ValueError(
+                f"gauge={gauge!r} needs a solver, the imitated class has its own; pass solver='unipc' or another"
+            )
         self._grid = grid if isinstance(grid, Grid) else None
         if not s_churn >= 0 or not s_noise > 0 or not 0 <= s_tmin <= (math.inf if s_tmax is None else s_tmax):
             raise ValueError(f"got s_churn={s_churn}, s_tmin={s_tmin}, s_tmax={s_tmax}, s_noise={s_noise}; churn must not be "
@@ -224,7 +245,8 @@ class RectifiedFlowScheduler(TableScheduler):
                 f"the solver of {self.config['stock']} with this configuration is not in flowkit; "
                 f"pass solver= one of {', '.join(solvers.SOLVERS)}"
             )
-        return solvers.solver(name or ("unipc" if self.config["path"] == "flow" else "dpm++2m"), self.path)
+        name = name or ("unipc" if self.config["path"] == "flow" else "dpm++2m")
+        return solvers.solver(name, self.path, self.config["gauge"])
 
     @property
     def _variance(self) -> str | None:
@@ -330,57 +352,19 @@ class RectifiedFlowScheduler(TableScheduler):
                     f"pass num_inference_steps={len(self._grid)}, or clear it with set_grid(None)"
                 )
             return self._laid(self._grid)
-        name = config["grid"]
-        if config["stock"] and (name is None or given is not None):
+        if not config["stock"]:
+            return self._laid(own_grids.lay(config, path, steps, timesteps, sigmas, mu))
+        if config["grid"] is None:
             levels, times, ends = imitation.grid(config, steps, timesteps=timesteps, sigmas=sigmas, mu=mu)
             return levels, times, ends if self.method.first_order else None
-        if given is not None:
-            return self._laid(_listed(path, steps, timesteps, sigmas, config["shift"]))
-        if steps is None:
-            raise ValueError(
-                "nothing says how many steps to take; pass num_inference_steps, timesteps or sigmas, or set a grid"
-            )
-        if name == "karras" or (name is None and path.name in ("ve", "edm")):
-            low, high = (0.002, 80.0) if path.name in ("ve", "edm") else _span(path)
-            low, high = config["sigma_min"] or low, config["sigma_max"] or high
-            return self._laid(Grid.karras(steps, low, high, path=path.name))
-        grid = Grid.uniform(steps, path)
-        if path.name != "flow":
+        grid = own_grids.by_name(config, path, own_grids.count(steps, given))
+        if path.name != "flow" or FLOW[config["stock"]].exact:
             return self._laid(grid)
-        if config["stock"]:  # the uniform grid before the class's own shift, which may depend on mu
-            return *imitation.levels(config, steps, sigmas=grid.sigmas[:-1], mu=mu), None
-        return self._laid(Grid.shifted(steps, config["shift"]))
+        # The class's own shift, which may depend on mu; its respacing is what the grid stands in place of.
+        plain = {**config, **dict.fromkeys(CONVERSIONS, False)}
+        levels, _ = imitation.levels(plain, sigmas=grid.sigmas[:-1], mu=mu)
+        return levels, [path.time(v) for v in levels[:-1]], None
 
     def _laid(self, grid: Grid) -> tuple[Sequence[float], Sequence[float], None]:
         path = self.path
         return grid.sigmas, grid.timesteps or [path.time(path.at_level(v)) for v in grid.sigmas[:-1]], None
-
-
-def _span(path: Path) -> tuple[float, float]:
-    """The model's own last and first levels, for a karras grid."""
-    if path.name == "vp":
-        return path.rhos[0], path.rhos[-1] if math.isfinite(path.rhos[-1]) else path.rhos[-2]
-    if path.name == "flow":
-        return 1.0 / path.num_train_timesteps, 1.0
-    return path.level(path.at_time(1.0)), path.level(path.at_time(path.num_train_timesteps - 1.0))
-
-
-def _listed(
-    path: Path, steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, shift: float
-) -> Grid:
-    """The grid of explicit lists on a scheduler that imitates none: model times as they are, sigmas before the shift."""
-    levels: list[float] = []
-    if sigmas is not None:
-        levels = [float(v) for v in sigmas]
-        if path.name == "flow":
-            levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
-    if timesteps is not None:
-        timed = [path.level(path.at_time(float(t))) for t in timesteps]
-        if levels and (len(levels) != len(timed) or max(abs(a - b) for a, b in zip(levels, timed, strict=True)) > 1e-4):
-            raise ValueError(f"sigmas {levels} and timesteps {list(timesteps)} disagree; pass one of the two")
-        levels = timed
-    if levels and levels[-1] > 0:
-        levels.append(0.0)
-    if steps is not None and len(levels) - 1 != steps:
-        raise ValueError(f"{steps} steps asked for, but {len(levels) - 1} levels are given; drop num_inference_steps")
-    return Grid(tuple(levels), path.name)

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, paths, solvers
+from flowkit.grids import GRIDS, named
 from flowkit.predictions import pair
 
 SOLVERS = tuple(solvers.SOLVERS)
@@ -322,3 +323,97 @@ def test_a_path_says_where_it_starts() -> None:
     with pytest.raises(ValueError, match="cannot start at infinite sigma"):
         RectifiedFlowScheduler(path="edm", grid=Grid((math.inf, 1.0, 0.0), "edm")).set_timesteps()
     assert paths.named("edm").level(1.0) == math.inf
+
+
+@pytest.mark.parametrize("solver", ["heun", "midpoint", "ab3", "unipc", "edm"])
+def test_a_vp_model_on_straightened_coordinates(solver: str) -> None:
+    """In the gauge of the flow and on its levels, a model of Stable Diffusion's path is sampled as the flow's would be."""
+    model = MixtureDenoiser.of(torch.tensor([[1.0, -0.5], [-0.6, 0.8]]), 0.3)
+    vp = RectifiedFlowScheduler(path="vp", solver=solver, gauge="flow", grid="straight")
+    vp.set_timesteps(9)
+    first = vp.path.start
+    levels = [first * (1 - i / 9) for i in range(10)]
+    flow = RectifiedFlowScheduler(solver=solver, gauge="flow", grid=Grid(tuple(levels)))
+    flow.set_timesteps()
+    results = []
+    for scheduler in (vp, flow):
+        path, x = scheduler.path, torch.randn(8, 2, generator=Generator().manual_seed(0), dtype=torch.float64)
+        x = x / path.norm(first)
+        for i, t in enumerate(scheduler.timesteps):
+            row = scheduler._rows[i]
+            x0, eps = model.posterior(x * path.norm(row.s), row.s)
+            output = eps if path.name == "vp" else eps - x0
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        results.append(x)
+    assert (results[0] - results[1]).abs().max() < 1e-10
+    plain = RectifiedFlowScheduler(path="vp", solver=solver, grid="straight")
+    plain.set_timesteps(9)
+    assert plain.method.gauge != "flow"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "dpm++2m", "gauge": "flow"}, "holds x0, got gauge='flow'"),
+        ({"solver": "heun", "gauge": "x0"}, "'heun' takes eps or flow, got gauge='x0'"),
+        ({"solver": "heun", "gauge": "straight"}, "gauge='straight'"),
+        ({"stock": "DDIMScheduler", "path": "vp", "gauge": "flow"}, "gauge='flow' needs a solver"),
+    ],
+)
+def test_gauges_that_a_solver_does_not_have_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowScheduler(**options)
+
+
+# --------------------------------------------------------------------------------------------------------------- grids by name
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_by_name_wins_over_what_a_pipeline_passes(name: str) -> None:
+    default = [1.0, 0.75, 0.5, 0.25]  # as most pipelines of flow models pass it
+    fresh = RectifiedFlowScheduler(grid=name, shift=2.0)
+    fresh.set_timesteps(sigmas=default)
+    wanted = named(name, 4, paths.flow(), shift=2.0)
+    assert fresh.sigmas.tolist() == pytest.approx(wanted.sigmas, rel=1e-6)
+    assert fresh.timesteps.tolist() == pytest.approx([1000 * s for s in wanted.sigmas[:-1]], rel=1e-6)
+    for stock in (
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0, use_karras_sigmas=True),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0),
+    ):
+        ours = RectifiedFlowScheduler.from_config(stock, grid=name)
+        ours.set_timesteps(sigmas=default)
+        assert ours.sigmas.tolist() == pytest.approx(fresh.sigmas.tolist(), abs=2e-6)  # UniPC stays off 1 by 1e-6
+        assert ours.timesteps.tolist() == pytest.approx(fresh.timesteps.tolist(), abs=2e-3)
+    ltx = RectifiedFlowScheduler.from_config(diffusers.LTXEulerAncestralRFScheduler(), grid=name)
+    ltx.set_timesteps(4)
+    assert len(ltx.timesteps) == 4
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_dynamic_shift_and_stretch_of_our_own_are_those_of_flow_match(kind: str) -> None:
+    knobs = {"use_dynamic_shifting": True, "time_shift_type": kind, "shift_terminal": 0.1}
+    ours, stock = RectifiedFlowScheduler(**knobs), diffusers.FlowMatchEulerDiscreteScheduler(**knobs)
+    sigmas = [1.0, 0.8, 0.5, 0.3]
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=sigmas, mu=0.9)
+    assert torch.allclose(ours.sigmas, stock.sigmas, atol=1e-6)
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting=True needs a number mu, got None; pass mu="):
+        ours.set_timesteps(4)
+    static = RectifiedFlowScheduler(shift=3.0)
+    static.set_timesteps(4, mu=0.9)  # as some pipelines pass it to every scheduler
+    assert static.sigmas[1] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "vp", "shift": 3.0}, "shift=3.0, .* move flow levels, but the path is 'vp'; leave them out"),
+        ({"path": "edm", "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        ({"path": "edm", "grid": "uniform"}, "has no trailing grid, its noise is unbounded"),
+        ({"path": "vp", "sigma_min": 0.1}, "the grid 'uniform' has no sigma_min and sigma_max, got 0.1"),
+        ({"use_dynamic_shifting": True, "time_shift_type": "square"}, "unknown kind of shift 'square'"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowScheduler(**options).set_timesteps(4, mu=0.5)

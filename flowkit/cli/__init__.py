@@ -90,8 +90,8 @@ def _grid(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Grid files, lists such as 1.0,0.6,0.0, or names: uniform (also called trailing), leading, linspace, karras, "
-            "exponential, beta, ays-sd15, ays-sdxl, ays-svd.",
+            help="Grid files, lists such as 1.0,0.6,0.0, or names: uniform (also called trailing), leading, linspace, "
+            "straight, karras, exponential, beta, ays-sd15, ays-sdxl, ays-svd.",
             show_default=False,
         ),
     ],
