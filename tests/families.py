@@ -49,7 +49,7 @@ NOTES = {
     "cogview3-plus": "built in memory, a configuration does not tell its DDIM from its DPM: pass `pipe.scheduler` itself",
     "deepfloyd": "wants variance_type in the scheduler's configuration, as DDPMScheduler has it",
     "stable-audio": "its own CosineDPMSolverMultistepScheduler needs torchsde, ours does not",
-    **dict.fromkeys(LATE, "two calls a step begin too late: raise strength, or use a solver of one call"),
+    **dict.fromkeys(LATE, "with k calls a step it begins too late: pass 1 - (1 - strength) / k for strength"),
 }
 
 # Pipelines made for classes that cannot be imitated.
