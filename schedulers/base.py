@@ -270,7 +270,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, row.s, x, raw, keep_eps=keep)
             noise = self._noise(plan, raw, index, generator, variance_noise) if row.c else None
             if noise is not None and plan.variance:
-                noise = variances.scaled(plan.variance, plan.path, row, noise, variance)
+                noise = plan.s_noise * variances.scaled(plan.variance, plan.path, row, noise, variance)
             result, self._history = table.step(row, x, raw, self._history, noise)
         result = result.to(model_output.dtype)
         self._step_index = index + 1

@@ -74,7 +74,7 @@ class Plan:
             uncorrected=[i - begin for i in self.uncorrected],
             eta=eta or self.eta,
             churned=self.churned,
-            s_noise=self.s_noise,
+            s_noise=1.0 if self.variance else self.s_noise,  # theirs is scaled last
         )
         if self.variance:
             rows = [variances.fixed(self.variance, self.path, row) for row in rows]

@@ -25,7 +25,7 @@ from flowkit.solvers import Solver
 
 _NATURAL = {"flow": "flow_prediction"}
 _EDM = {"epsilon": "edm", "v_prediction": "edm_v"}  # on the EDM path these name the sign of c_out
-_OWN_NOISE = {"eta", "s_noise"}  # in a stock configuration, those of its own solver
+_OF_SOLVER = {"gauge", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"}  # given for one solver, and not for another
 
 
 class RectifiedFlowScheduler(TableScheduler):
@@ -154,6 +154,9 @@ class RectifiedFlowScheduler(TableScheduler):
     ) -> Any:  # noqa: ANN401
         """Takes over from any diffusers scheduler.
 
+        Gauge, eta, churn and the factor on the noise belong to the solver that they were given for: with another ``solver`` they
+        are what is given with it, or the defaults.
+
         Args:
             config: a scheduler's configuration, ours or stock, or the scheduler itself.
             return_unused_kwargs: also return a dict of what was not used, which is always empty.
@@ -185,9 +188,9 @@ class RectifiedFlowScheduler(TableScheduler):
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
             if not kwargs.get("solver"):
                 stock_classes.check_told(config)
-            else:
-                values = {k: v for k, v in values.items() if k not in _OWN_NOISE}
             values |= values.pop("flowkit", {})
+        if kwargs.get("solver", values.get("solver")) != values.get("solver"):
+            values = {k: v for k, v in values.items() if k not in _OF_SOLVER}
         known = own | set(stock_classes.defaults(values["stock"]) if values.get("stock") else ())
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(

@@ -217,6 +217,33 @@ def test_eta_of_a_step_wins_over_that_of_the_scheduler() -> None:
     assert not torch.equal(one_step(own), one_step(RectifiedFlowScheduler(solver="ancestral", eta=0.5)))
 
 
+def test_noise_belongs_to_the_solver_that_it_was_given_for() -> None:
+    churned = RectifiedFlowScheduler(path="edm", solver="edm", s_churn=10.0, s_noise=1.01)
+    other = RectifiedFlowScheduler.from_config(churned, solver="unipc")
+    assert (other.config["s_churn"], other.config["s_noise"]) == (0.0, 1.0)
+    same = RectifiedFlowScheduler.from_config(churned, solver="edm", s_tmax=50.0)
+    assert (same.config["s_churn"], same.config["s_noise"], same.config["s_tmax"]) == (10.0, 1.01, 50.0)
+    ltx = diffusers.LTXEulerAncestralRFScheduler(eta=0.7, s_noise=0.9)
+    assert RectifiedFlowScheduler.from_config(ltx).config["eta"] == 0.7
+    assert RectifiedFlowScheduler.from_config(ltx, solver="unipc").config["eta"] is None
+
+
+def test_the_factor_on_the_noise_counts_with_every_variance() -> None:
+    x = torch.randn(2, 3, 4, 4, generator=Generator().manual_seed(0))
+    wide = torch.cat([x, torch.full_like(x, 0.3)], 1)
+    for kind in ("fixed_small", "fixed_large", "learned", "learned_range"):
+        results = []
+        for factor in (1.0, 2.0, 3.0):
+            scheduler = RectifiedFlowScheduler.from_config(
+                diffusers.DDPMScheduler(variance_type=kind, clip_sample=False), s_noise=factor
+            )
+            scheduler.set_timesteps(10)
+            generator = Generator().manual_seed(3)
+            results.append(scheduler.step(wide, scheduler.timesteps[0], x, generator=generator).prev_sample)
+        assert torch.allclose(results[2] - results[1], results[1] - results[0], atol=1e-5), kind
+        assert not torch.allclose(results[1], results[0], atol=1e-2), kind
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
