@@ -9,7 +9,9 @@ operation in a fixed order, so that any device that follows IEEE 754 gives the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -23,6 +25,7 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 Word = TypeVar("Word", int, Tensor)
 Words = tuple[Word, Word, Word, Word]
+_default: ContextVar[list[int] | None] = ContextVar("_default", default=None)
 
 
 def philox(counter: Words[Word], key: tuple[Word, Word]) -> Words[Word]:
@@ -158,7 +161,7 @@ def keys(generator: Generator | Sequence[Generator] | None, batch: int) -> tuple
 
     Args:
         generator: one generator (its initial seed serves all samples, numbered 0 ... B-1), a list with one for each sample
-            (each its own seed, sample 0 of it), or None (a fresh random seed).
+            (each its own seed, sample 0 of it), or None (the seeds of `default_seeds`, or else a fresh random one).
         batch: number of samples B.
 
     Raises:
@@ -170,5 +173,22 @@ def keys(generator: Generator | Sequence[Generator] | None, batch: int) -> tuple
                 f"got {len(generator)} generators for a batch of {batch}; pass one, or one for each sample"
             )
         return [g.initial_seed() for g in generator], [0] * batch
+    seeds = _default.get()
+    if generator is None and seeds is not None and len(seeds) == batch:
+        return seeds, [0] * batch
     seed = generator.initial_seed() if generator is not None else int(torch.randint(2**62, ()).item())
     return [seed] * batch, list(range(batch))
+
+
+@contextmanager
+def default_seeds(seeds: Sequence[int]) -> Iterator[None]:
+    """Gives `keys` seeds for where it is given no generator: many pipelines keep theirs from ``scheduler.step``.
+
+    Args:
+        seeds: one for each sample of the batch; for another number of samples they do not count.
+    """
+    token = _default.set(list(seeds))
+    try:
+        yield
+    finally:
+        _default.reset(token)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 PICKLES = {".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt"}
+_MODELS = ("diffusion_pytorch_model", "pytorch_model", "model")  # not optimizer.bin and others that training leaves
+_PIECE = 2**16
 
 
 def check(path: str | os.PathLike[str]) -> Path:
@@ -36,6 +41,48 @@ def check(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{path} is corrupt, cut short or not a safetensors file ({error}); copy or make it again"
         ) from error
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """Reads the headers of the weight files of a pipeline's folder.
+
+    Args:
+        folder: as written by diffusers' ``save_pretrained``, a subfolder for each component.
+
+    Returns:
+        Its safetensors files, in order.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: for corrupt or truncated ones, and for a component with none but pickled ones.
+    """
+    files = sorted(folder.glob("*/*.safetensors"))
+    whole = {file.parent for file in files}
+    pickled = sorted(p for p in folder.glob("*/*") if p.suffix in PICKLES and p.name.startswith(_MODELS))
+    for file in files + [p for p in pickled if p.parent not in whole]:
+        check(file)
+    if not files:
+        raise FileNotFoundError(f"no .safetensors weights in {folder}; check the path, or save the pipeline again")
+    return files
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Returns a SHA-256 that tells apart sets of weight files without reading them through.
+
+    It covers names, sizes, and 64 KiB at the start, in the middle and at the end of each: training moves every weight.
+
+    Args:
+        files: of one folder, each in its component's subfolder.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.parent.name}/{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in (0, size // 2, size - _PIECE):
+                file.seek(max(0, start))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,14 +126,22 @@ def _sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file whole or not at all: into a temporary file beside it, which then takes its name."""
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file that is written whole or not at all: a temporary one beside it, which takes its name at the end.
+
+    Args:
+        path: the file; its folder is made if missing.
+
+    Yields:
+        The open file. After an error nothing is left of it, and an older file stays as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -94,3 +149,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all, see `writing`."""
+    with writing(path) as file:
+        file.write(content)

@@ -49,7 +49,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_folder(folder)
+            weights.check_folder(folder)
             # Read ours at once: the stock class would warn about the key that carries it.
             if "scheduler" not in kwargs and "flowkit" in RectifiedFlowScheduler.load_config(folder / "scheduler"):
                 kwargs["scheduler"] = RectifiedFlowScheduler.from_pretrained(folder / "scheduler")
@@ -163,17 +163,3 @@ def load_demo(name: str = "digits") -> ClassConditionalPipeline:
     scheduler = RectifiedFlowScheduler()
     pipe: ClassConditionalPipeline = ClassConditionalPipeline.from_pretrained(assets.folder(name), scheduler=scheduler)
     return pipe
-
-
-def check_folder(folder: Path) -> None:
-    """Reads the headers of a pipeline's weight files.
-
-    Raises:
-        FileNotFoundError: where there are none.
-        ValueError: for pickled, corrupt or truncated ones.
-    """
-    files = sorted(folder.glob("*/*.safetensors"))
-    for file in files or sorted(p for p in folder.glob("*/*") if p.suffix in weights.PICKLES):
-        weights.check(file)
-    if not files:
-        raise FileNotFoundError(f"no .safetensors weights in {folder}; check the path, or save the pipeline again")

@@ -94,6 +94,9 @@ def test_interrupt_is_one_line_and_exit_code_130(demo: Demo) -> None:
         (["demo", "--samples", "many"], "--samples"),
         (["demo", "--nonsense"], "--nonsense"),
         (["demo", "extra"], "extra"),
+        (["sample", "digits"], "--output"),
+        (["sample", "--output", "here"], "model"),
+        (["sample", "digits", "--output", "here", "--count", "many"], "--count"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -116,7 +119,9 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
         assert "[default:" in next(line for line in text.splitlines() if option in line)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"], ["demo", "--data", "faces"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["sample", "--help"], ["--version"], ["demo", "--data", "faces"]]
+)
 def test_answers_without_importing_torch(arguments: list[str]) -> None:
     script = (
         "import sys\n"

@@ -25,7 +25,7 @@ from flowkit.eval.features import ClassifierExtractor, PixelExtractor
 from flowkit.eval.frechet import frechet_distance
 from flowkit.eval.harness import count_rows, evaluate
 from flowkit.eval.statistics import FeatureStats
-from flowkit.pipelines.sampling import Inputs, as_inputs, sample_images
+from flowkit.pipelines.sampling import Inputs, as_inputs, blocks, sample_images, sample_outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:a Frechet distance of")
 
@@ -257,9 +257,33 @@ def test_an_unconditional_pipeline_has_no_inputs(unconditional: DDPMPipeline) ->
         sample_images(unconditional, 4, inputs=[1, 2])
 
 
-def test_samples_of_a_batch_have_the_same_arguments(labelled: LabelPipeline) -> None:
-    with pytest.raises(ValueError, match="different arguments"):
-        sample(labelled, 2, inputs=[{"labels": 1}, {"labels": 1, "scale": 1.0}])
+def test_samples_of_a_batch_share_what_holds_for_a_call(labelled: LabelPipeline) -> None:
+    inputs = [{"labels": 1}, {"labels": 1, "shift": 1.0}, {"labels": 2, "shift": 1.0}, {"labels": 2, "shift": 0.5}]
+    assert blocks(labelled, 6, inputs=inputs) == [range(1), range(1, 3), range(3, 4), range(4, 5), range(5, 6)]
+    assert blocks(labelled, 3, inputs=inputs, batch_size=1, start=1) == [range(1, 2), range(2, 3), range(3, 4)]
+    together = sample(labelled, 4, inputs=inputs)
+    assert torch.equal(together, torch.cat([sample(labelled, 1, inputs=inputs, start=i) for i in range(4)]))
+    assert not torch.equal(together[2:3], sample(labelled, 1, inputs=inputs[:2], start=2))
+    for block in (range(2), range(2, 4)):
+        with pytest.raises(ValueError, match="samples of one block have different arguments"):
+            list(sample_outputs(labelled, [block], inputs=inputs))
+
+
+class ForgetfulPipeline(ShowPipeline):
+    """Keeps its generators from what draws the noise, as Flux does from ``scheduler.step``."""
+
+    def __call__(self, image: list[Any], generator: list[torch.Generator], **kwargs: object) -> tuple[Any]:
+        keyed = rng.normal((1, 4, 4), *rng.keys(None, len(image))) / 20 + 0.5
+        return (torch.cat([keyed.clamp(0, 1), torch.rand(1, 1, 4, 4).expand(len(image), -1, -1, -1)], dim=2),)
+
+
+def test_noise_past_the_generators_is_keyed_too() -> None:
+    pipe, state = ForgetfulPipeline(DDIMScheduler()), torch.get_rng_state()
+    images = sample(pipe, 6, inputs=[0], batch_size=3)
+    assert torch.equal(images, sample(pipe, 6, inputs=[0], batch_size=3))
+    assert torch.equal(images[:, :, :4], sample(pipe, 6, inputs=[0], batch_size=2)[:, :, :4])
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_images_that_are_not_finite_name_their_samples() -> None:

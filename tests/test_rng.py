@@ -93,6 +93,17 @@ def test_seeds_of_samples_and_generators() -> None:
         rng.keys([one, one], 3)
 
 
+def test_default_seeds_stand_in_for_generators() -> None:
+    with rng.default_seeds([4, 5]):
+        assert rng.keys(None, 2) == ([4, 5], [0, 0])
+        assert rng.keys(torch.Generator().manual_seed(9), 2) == ([9, 9], [0, 1])
+        with rng.default_seeds([6]):
+            assert rng.keys(None, 1) == ([6], [0])
+            assert rng.keys(None, 2)[1] == [0, 1]  # fresh ones: the default is for another batch
+        assert rng.keys(None, 2) == ([4, 5], [0, 0])
+    assert rng.keys(None, 2) != rng.keys(None, 2)
+
+
 def test_bad_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="2 seeds for 3 samples"):
         rng.normal((4,), [1, 2], [0, 1, 2])

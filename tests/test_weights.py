@@ -58,3 +58,24 @@ def test_pickles_are_refused_unread(tmp_path: Path, suffix: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         weights.read(tmp_path / "none.safetensors")
+
+
+def test_a_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
+    def saved(name: str, scale: float, size: int = 100_000) -> str:
+        weights.write(tmp_path / name / "unet" / "model.safetensors", {"a": torch.linspace(0, scale, size)})
+        return weights.fingerprint(weights.check_folder(tmp_path / name))
+
+    first = saved("first", 1.0)
+    assert saved("again", 1.0) == first
+    assert len({first, saved("trained", 1.0001), saved("longer", 1.0, 100_001), saved("small", 1.0, 10)}) == 4
+
+
+def test_every_component_of_a_folder_needs_safetensors(tmp_path: Path) -> None:
+    weights.write(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read, the other is there")
+    (tmp_path / "unet" / "optimizer.bin").write_bytes(b"no weights of the pipeline")
+    assert [p.parent.name for p in weights.check_folder(tmp_path)] == ["unet"]
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"text_encoder.pytorch_model\.bin is a pickled weight file"):
+        weights.check_folder(tmp_path)

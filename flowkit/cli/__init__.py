@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-# What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
+# What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
+# memory.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError)
 
 
 class _Commands(TyperGroup):
@@ -29,12 +30,14 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output has left (`| head`), which is not an error of ours
             raise
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             if ctx.params["show_traceback"]:
                 traceback.print_exc()
             typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             raise typer.Exit(2) from None
 
+
+_WHAT, _HOW, _MACHINE = "What to draw", "How to sample", "Output and machine"  # groups of options in the help
 
 app = typer.Typer(
     cls=_Commands,
@@ -172,6 +175,191 @@ def _grid(
         save=save,
         plot=plot,
         as_json=as_json,
+    )
+
+
+@app.command("sample")
+def _sample(
+    model: Annotated[
+        str, typer.Argument(help="digits or shapes (embedded), a folder of diffusers, or owner/name of a hub model.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the samples, made if missing; run again to go on after a stop.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw; give it again for more.", metavar="TEXT", rich_help_panel=_WHAT),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts, one a line; in a .jsonl one dict of pipeline arguments a line, which win over the options.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw.", metavar="TEXT", rich_help_panel=_WHAT)
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes to draw, such as 0,3,7 or 0-9.", metavar="LIST", rich_help_panel=_WHAT)
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of samples, going round the inputs.",
+            show_default="one for each input",
+            metavar="N",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    start: Annotated[int, typer.Option(help="Index of the first sample.", metavar="N", rich_help_panel=_WHAT)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the run. Sample i is a function of (seed, i), in any batch and any process.",
+            metavar="N",
+            rich_help_panel=_WHAT,
+        ),
+    ] = 0,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any other argument of the pipeline, its value in JSON or text: height=512, true_cfg_scale=4, image=cat.png.",
+            metavar="NAME=VALUE",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="flowkit: ours, from the configuration of the model's own; keep: the model's own; or a class of diffusers.",
+            metavar="NAME",
+            rich_help_panel=_HOW,
+        ),
+    ] = "flowkit",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Solver of our scheduler, such as unipc or heun.",
+            show_default="the model's own",
+            metavar="NAME",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="Grid of our scheduler: a file of flowkit, or a name such as uniform or karras.",
+            show_default="the model's own",
+            metavar="NAME|FILE",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps.", show_default="the grid's, or the pipeline's", metavar="N", rich_help_panel=_HOW
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Static shift of a flow grid towards noise.", metavar="X", rich_help_panel=_HOW)
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="Noise of stochastic steps: 0 none, 1 ancestral.", metavar="X", rich_help_panel=_HOW),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale.", show_default="the pipeline's", metavar="W", rich_help_panel=_HOW),
+    ] = None,
+    knob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any other knob of the scheduler: timestep_spacing=trailing, sigma_max=10.",
+            metavar="NAME=VALUE",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples of a call.",
+            show_default="1 for video and sound, 4 with prompts, 16 otherwise",
+            metavar="N",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="png, or npz (one file, arr_0 uint8 NHWC, labels in arr_1); of video webp, gif, mp4 or npz; of sound wav.",
+            show_default="png, webp, wav",
+            metavar="NAME",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    fps: Annotated[int, typer.Option(help="Frames a second of a video.", metavar="N", rich_help_panel=_MACHINE)] = 16,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto: float32 on the CPU, elsewhere as the weights are saved.",
+            metavar="NAME",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto is cuda where there is one, else cpu.", metavar="NAME", rich_help_panel=_MACHINE),
+    ] = "auto",
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weights, such as fp16.", metavar="NAME", rich_help_panel=_MACHINE)
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep each network on the CPU until it is needed.", rich_help_panel=_MACHINE),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Remove samples of other settings in the folder.", rich_help_panel=_MACHINE),
+    ] = False,
+) -> None:
+    """Sample from any model of diffusers: same seeds, same samples, whatever the batch and the number of processes.
+
+    Killed at any moment, the same command goes on where it stopped. On several GPUs: accelerate launch -m flowkit.cli sample ...
+    """
+    from flowkit.cli.options import Options
+    from flowkit.cli.sample import run
+
+    run(
+        Options(
+            model=model,
+            output=output,
+            prompts=prompt or (),
+            prompts_file=prompts,
+            negative_prompt=negative_prompt,
+            labels=labels,
+            count=count,
+            start=start,
+            seed=seed,
+            batch_size=batch_size,
+            scheduler=scheduler,
+            solver=solver,
+            grid=grid,
+            steps=steps,
+            shift=shift,
+            eta=eta,
+            guidance=guidance,
+            knobs=knob or (),
+            arguments=arg or (),
+            file_format=file_format,
+            fps=fps,
+            dtype=dtype,
+            device=device,
+            variant=variant,
+            offload=offload,
+            overwrite=overwrite,
+        )
     )
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from PIL import Image, ImageDraw
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from flowkit import distill
+from flowkit.cli.pictures import mosaic, picture, save_png
 from flowkit.eval.harness import Result, evaluate
 from flowkit.eval.report import write_report
 from flowkit.grids import Grid
@@ -159,7 +157,7 @@ def write(rows: list[Row], output: Path, data: str, samples: int, seed: int, fas
         if result is None:
             continue
         name = f"row-{number}.png"
-        save_png(output / name, mosaic(result.images))
+        save_png(output / name, mosaic([picture(image) for image in result.images]))
         metrics = {key: {"value": value, "se": result.se[key]} for key, value in result.items()}
         entries.append(
             {
@@ -240,20 +238,11 @@ def markdown_table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def mosaic(images: Tensor, columns: int = 10, size: int = 48, gap: int = 2) -> Image.Image:
-    """Images, uint8 (N, C, H, W), as one picture of square tiles."""
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (size + gap) - gap, rows * (size + gap) - gap), "white")
-    for i, image in enumerate(images):
-        pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-        tile = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * (size + gap), i // columns * (size + gap)))
-    return sheet
-
-
 def side_by_side(rows: list[Row], margin: int = 12) -> Image.Image:
     """The first images of every row, one row under the other, with its name."""
-    strips = [(row, mosaic(row.result.images[:10])) for row in rows if row.result is not None]
+    strips = [
+        (row, mosaic([picture(image) for image in row.result.images[:10]])) for row in rows if row.result is not None
+    ]
     width, height, line = strips[0][1].width, strips[0][1].height, 22
     sheet = Image.new("RGB", (width + 2 * margin, margin + len(strips) * (line + height + margin)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -263,10 +252,3 @@ def side_by_side(rows: list[Row], margin: int = 12) -> Image.Image:
         draw.text((margin, top), f"{row.name}: {row.steps} step{'s' * (row.steps > 1)}, {figure}", "#222", font_size=14)
         sheet.paste(strip, (margin, top + line))
     return sheet
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
-    """Writes a picture whole or not at all."""
-    buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    write_bytes(path, buffer.getvalue())
