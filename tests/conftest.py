@@ -31,6 +31,7 @@ def _connect_locally(self: socket.socket, address: Any) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (minutes)")
+    parser.addoption("--write-docs", action="store_true", help="write the tables of docs/families.md")
     parser.addoption(
         "--device",
         default="cpu",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 import os
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,9 @@ from flowkit import Grid, RectifiedFlowScheduler
 from flowkit.schedulers.stock_classes import CLASSES, REFUSED
 
 from .stock64 import stock64
+from .swaps import difference, stock, swapped, watched
 from .tiny import FAMILIES, build, run
+from .tiny_parts import DDIM, DPM, EULER, FLOW, HEUN, MATCH, MATCH_HEUN, SD, UNIPC, V
 
 # What Stable Diffusion says when it rewrites a configuration, and numpy of the stock classes.
 pytestmark = [
@@ -39,15 +39,8 @@ Config = dict[str, Any]
 Case = tuple[str, str, Config]  # family, stock class, configuration
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SD = {**BETAS, "steps_offset": 1}
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 X0 = {"prediction_type": "sample"}  # what the tiny networks say of x0 stays in range, so that few pixels are clamped
-V = {"prediction_type": "v_prediction"}
-DDIM, EULER, HEUN = "DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"
-DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-MATCH, MATCH_HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 MULTISTEP = (DPM, UNIPC)
-KDPM2A = diffusers.KDPM2AncestralDiscreteScheduler
 SD_CLASSES = (DDIM, EULER, HEUN, *MULTISTEP)
 # Whose solver is no table of ours, or not with the default configuration.
 OTHERS = {
@@ -135,46 +128,6 @@ MORE: list[Case] = [
 def named(case: Case) -> str:
     family, name, config = case
     return "-".join([family, name.removesuffix("Scheduler"), *(f"{k}={v}" for k, v in config.items() if k not in SD)])
-
-
-def stock(name: str, **config: Any) -> Any:
-    return getattr(diffusers, name)(**config)
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest one, in units of the largest value where that exceeds 1; inf for anything that is not finite."""
-    assert ours.shape == theirs.shape
-    assert theirs.isfinite().all()
-    found = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)).item()
-    return found if math.isfinite(found) else math.inf
-
-
-def swapped(pipe: Any, **knobs: Any) -> Any:
-    """The pipeline itself, with our scheduler from the configuration of the one that it has."""
-    told_apart = not isinstance(
-        pipe.scheduler, diffusers.LMSDiscreteScheduler | diffusers.KDPM2DiscreteScheduler | KDPM2A
-    )
-    pipe.scheduler = RectifiedFlowScheduler.from_config(
-        pipe.scheduler.config if told_apart else pipe.scheduler, **knobs
-    )
-    return pipe
-
-
-@contextmanager
-def watched(pipe: Any, output: Callable[[int, Tensor], Tensor] = lambda _, x: x) -> Iterator[list[Tensor]]:
-    """Collects the network's outputs; ``output`` may change the one of the call with a given number."""
-    outputs: list[Tensor] = []
-
-    def hook(_module: torch.nn.Module, _inputs: Any, result: Any) -> Any:
-        outputs.append(output(len(outputs), result[0]))
-        return (outputs[-1],) if isinstance(result, tuple) else type(result)(sample=outputs[-1])
-
-    network = pipe.unet if "unet" in pipe.components else pipe.transformer
-    handle = network.register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 # Stock results.

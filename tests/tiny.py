@@ -1,9 +1,10 @@
-"""Tiny random pipelines of five model families, built from configurations alone: nothing is downloaded."""
+"""Tiny random pipelines of diffusers' model families, built from configurations alone: nothing is downloaded."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -11,39 +12,31 @@ import torch
 import transformers
 from torch import Generator, Tensor
 
+from . import tiny_parts as t
+from .tiny_diffusion import DIFFUSION
+from .tiny_image import IMAGE
+from .tiny_parts import Family, Parts
+from .tiny_sound import SOUND
+from .tiny_variants import VARIANTS
+from .tiny_video import VIDEO
+
+# Of these, tests elsewhere take one each of pixels, labels, text on the VP path and text on the flow path, in latents and tokens.
 FAMILIES = ("ddpm", "dit", "sd15", "sd3", "flux")
-_CLASSES = {
-    "ddpm": diffusers.DDPMPipeline,
-    "dit": diffusers.DiTPipeline,
-    "sd15": diffusers.StableDiffusionPipeline,
-    "sd15-img2img": diffusers.StableDiffusionImg2ImgPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-    "sd3-img2img": diffusers.StableDiffusion3Img2ImgPipeline,
-    "flux": diffusers.FluxPipeline,
-    "flux-img2img": diffusers.FluxImg2ImgPipeline,
-}
-_TEXT = {"prompt": "a red cat", "negative_prompt": "a dog", "output_type": "latent"}
-_SIZE = {"height": 16, "width": 16, "max_sequence_length": 4}
-# Guided, every family that knows guidance; latents, which no decoder scales or clamps, where there are any to be had.
-_CALLS: dict[str, dict[str, Any]] = {
-    "ddpm": {"batch_size": 2, "output_type": "pt"},
-    "dit": {"class_labels": [3, 7], "guidance_scale": 3.0, "output_type": "pt"},
-    "sd15": {**_TEXT, "guidance_scale": 4.0},
-    "sd3": {**_TEXT, **_SIZE, "guidance_scale": 4.0},
-    "flux": {**_TEXT, **_SIZE, "true_cfg_scale": 2.0},
-}
 
 
 def build(family: str, scheduler: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Returns a pipeline around a scheduler; all pipelines of a family and dtype share their networks.
+    """Returns a pipeline around a scheduler; pipelines of one model and dtype share their networks.
 
     Args:
-        family: one of `FAMILIES`, or "sd15-img2img", "sd3-img2img", "flux-img2img".
+        family: one of `PIPELINES`.
         scheduler: ours or stock.
         dtype: of the networks.
     """
-    pipe = _CLASSES[family](**_parts(family.partition("-")[0], dtype), scheduler=scheduler)
+    small = PIPELINES[family]
+    pipe = small.pipeline(**_parts(small.parts, dtype), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
+    for name, value in small.attributes.items():
+        setattr(pipe, name, value)
     return pipe
 
 
@@ -51,50 +44,54 @@ def run(pipe: Any, steps: int | None = 4, seed: int = 0, **arguments: Any) -> Te
     """Runs a pipeline from `build`, the arguments winning over those that its family is called with here.
 
     Returns:
-        Images in [0, 1] of "ddpm" and "dit", latents of the others.
+        Images in [0, 1] of pipelines without latents and of "dit", latents of the others.
     """
-    family = next(name for name, cls in _CLASSES.items() if type(pipe) is cls)
-    call = {
-        "num_inference_steps": steps,
-        "generator": Generator().manual_seed(seed),
-        **_CALLS[family.partition("-")[0]],
-    }
-    if family.endswith("img2img"):
-        call |= {"image": torch.rand(1, 3, 16, 16, generator=Generator().manual_seed(1)), "strength": 0.5}
-    return torch.as_tensor(pipe(**{**call, **arguments}).images)
+    # Families of one pipeline are called alike.
+    family = next(family for family in PIPELINES.values() if type(pipe) is family.pipeline)
+    call = {"num_inference_steps": steps, "generator": Generator().manual_seed(seed), **family.call, **arguments}
+    dtype = next(networks(pipe)[0].parameters()).dtype
+    result = pipe(**{name: _cast(value, dtype) for name, value in call.items()})
+    return torch.as_tensor(next(iter(result.values())))
+
+
+def parts(family: str) -> Parts:
+    """The components of a family but for the scheduler."""
+    return _parts(PIPELINES[family].parts, torch.float32)
+
+
+def networks(pipe: Any) -> list[torch.nn.Module]:
+    """The networks that a pipeline calls at a timestep, or takes turns with."""
+    parts = (pipe.components.get(name) for name in ("unet", "transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Embeddings and images in the networks' dtype."""
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @functools.cache
-def _parts(family: str, dtype: torch.dtype) -> dict[str, Any]:
+def _parts(make: Callable[[], Parts], dtype: torch.dtype) -> Parts:
     """The components of a family but for the scheduler, random and always the same."""
     if dtype != torch.float32:
-        parts = copy.deepcopy(_parts(family, torch.float32))
+        parts = copy.deepcopy(_parts(make, torch.float32))
         return {k: v.to(dtype) if isinstance(v, torch.nn.Module) else v for k, v in parts.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts = {"ddpm": _ddpm, "dit": _dit, "sd15": _sd15, "sd3": _sd3, "flux": _flux}[family]()
+        parts = make()
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return parts
 
 
-def _ddpm() -> dict[str, Any]:
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-    )
-    return {"unet": unet}
+def _ddpm() -> Parts:
+    return {"unet": t.pixels()}
 
 
-def _dit() -> dict[str, Any]:
+def _dit() -> Parts:
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -104,37 +101,50 @@ def _dit() -> dict[str, Any]:
         in_channels=4,
         out_channels=8,  # as in DiT, half of it a learned variance
     )
-    return {"transformer": transformer, "vae": _vae()}
+    return {"transformer": transformer, "vae": t.vae()}
 
 
-def _sd15() -> dict[str, Any]:
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
+def _sd15() -> Parts:
     return {
-        "unet": unet,
-        "vae": _vae(),
-        "text_encoder": transformers.CLIPTextModel(_clip_config()),
-        "tokenizer": _clip_tokenizer(),
+        "unet": t.unet(),
+        "vae": t.vae(),
+        "text_encoder": transformers.CLIPTextModel(t.clip_config()),
+        "tokenizer": t.clip_tokenizer(),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
 
 
-def _sd3() -> dict[str, Any]:
+def _sd15_filled() -> Parts:
+    """As in checkpoints made for inpainting: the network sees mask and image."""
+    return {**_sd15(), "unet": t.unet(in_channels=9)}
+
+
+def _sdxl() -> Parts:
+    network = t.unet(
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return {
+        "unet": network,
+        "vae": t.vae(),
+        "text_encoder": transformers.CLIPTextModel(t.clip_config()),
+        "tokenizer": t.clip_tokenizer(),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(t.clip_config()),
+        "tokenizer_2": t.clip_tokenizer(),
+        "add_watermarker": False,
+    }
+
+
+def _sd3(channels: int = 4) -> Parts:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -145,17 +155,21 @@ def _sd3() -> dict[str, Any]:
     )
     return {
         "transformer": transformer,
-        "vae": _vae(shift_factor=0.06),
-        "text_encoder": transformers.CLIPTextModelWithProjection(_clip_config()),
-        "tokenizer": _clip_tokenizer(),
-        "text_encoder_2": transformers.CLIPTextModelWithProjection(_clip_config()),
-        "tokenizer_2": _clip_tokenizer(),
-        "text_encoder_3": transformers.T5EncoderModel(_t5_config(32)),
-        "tokenizer_3": _t5_tokenizer(),
+        "vae": t.vae(shift_factor=0.06, latent_channels=channels),
+        "text_encoder": transformers.CLIPTextModelWithProjection(t.clip_config()),
+        "tokenizer": t.clip_tokenizer(),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(t.clip_config()),
+        "tokenizer_2": t.clip_tokenizer(),
+        "text_encoder_3": transformers.T5EncoderModel(t.t5_config(32)),
+        "tokenizer_3": t.t5_tokenizer(),
     }
 
 
-def _flux() -> dict[str, Any]:
+def _sd3_16() -> Parts:
+    return _sd3(16)  # its inpainting knows what to do by the number of channels
+
+
+def _flux() -> Parts:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -169,55 +183,47 @@ def _flux() -> dict[str, Any]:
     )
     return {
         "transformer": transformer,
-        "vae": _vae(shift_factor=0.06),
-        "text_encoder": transformers.CLIPTextModel(_clip_config()),
-        "tokenizer": _clip_tokenizer(),
-        "text_encoder_2": transformers.T5EncoderModel(_t5_config(16)),
-        "tokenizer_2": _t5_tokenizer(),
+        "vae": t.vae(shift_factor=0.06),
+        "text_encoder": transformers.CLIPTextModel(t.clip_config()),
+        "tokenizer": t.clip_tokenizer(),
+        "text_encoder_2": transformers.T5EncoderModel(t.t5_config(16)),
+        "tokenizer_2": t.t5_tokenizer(),
     }
 
 
-def _vae(**config: Any) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-        **config,
-    )
+# Guided, every family that knows guidance; latents, which no decoder scales or clamps, where there are any to be had.
+_TEXT = {"prompt": "a red cat", "negative_prompt": "a dog", **t.LATENT}
+_SIZE = {"height": 16, "width": 16, "max_sequence_length": 4}
+_SD15 = {**_TEXT, "guidance_scale": 4.0}
+_SD3 = {**_SD15, **_SIZE}
+_FLUX = {**_TEXT, **_SIZE, "true_cfg_scale": 2.0}
+_BEGIN = {"image": t.image(16), "strength": 0.5}
+_MASK = {**_BEGIN, "mask_image": t.mask(16)}
+_PIXELS = {"batch_size": 2, "output_type": "pt"}
+_LABELS = {"class_labels": [3, 7], "guidance_scale": 3.0, "output_type": "pt"}
+_EULER = (t.EULER, {**t.SD, **t.V})
+_SHIFTED = (t.MATCH, {"shift": 3.0})
+_DYNAMIC = (t.MATCH, {"use_dynamic_shifting": True})
 
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def _clip_config() -> transformers.CLIPTextConfig:
-    return transformers.CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-
-
-def _clip_tokenizer() -> transformers.CLIPTokenizer:
-    words = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(f"{c}</w>" for c in _LETTERS)]
-    return transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
-
-
-def _t5_config(width: int) -> transformers.T5Config:
-    return transformers.T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-
-
-def _t5_tokenizer() -> transformers.T5Tokenizer:
-    words = ["<pad>", "</s>", "<unk>", "▁", *_LETTERS]
-    return transformers.T5Tokenizer(
-        vocab=[(w, -float(i)) for i, w in enumerate(words)], extra_ids=0, model_max_length=16
-    )
+PIPELINES: dict[str, Family] = {
+    "ddpm": Family(diffusers.DDPMPipeline, _ddpm, _PIXELS, (t.DDIM, {**t.V, "clip_sample": False})),
+    "dit": Family(diffusers.DiTPipeline, _dit, _LABELS, (t.DDIM, {**t.V, "clip_sample": False, "timestep_spacing": "trailing"})),
+    "sd15": Family(diffusers.StableDiffusionPipeline, _sd15, _SD15, _EULER),
+    "sd15-img2img": Family(diffusers.StableDiffusionImg2ImgPipeline, _sd15, {**_SD15, **_BEGIN}, _EULER, strength=0.5),
+    "sd15-inpaint": Family(diffusers.StableDiffusionInpaintPipeline, _sd15, {**_SD15, **_MASK}, _EULER, strength=0.5),
+    "sd15-inpaint-9": Family(diffusers.StableDiffusionInpaintPipeline, _sd15_filled, {**_SD15, **_MASK}, _EULER, strength=0.5),
+    "sdxl": Family(diffusers.StableDiffusionXLPipeline, _sdxl, _SD15, _EULER),
+    "sdxl-img2img": Family(diffusers.StableDiffusionXLImg2ImgPipeline, _sdxl, {**_SD15, **_BEGIN}, _EULER, strength=0.5),
+    "sdxl-inpaint": Family(diffusers.StableDiffusionXLInpaintPipeline, _sdxl, {**_SD15, **_MASK}, _EULER, strength=0.5),
+    "sd3": Family(diffusers.StableDiffusion3Pipeline, _sd3, _SD3, _SHIFTED),
+    "sd3-img2img": Family(diffusers.StableDiffusion3Img2ImgPipeline, _sd3, {**_SD3, **_BEGIN}, _SHIFTED, strength=0.5),
+    "sd3-inpaint": Family(diffusers.StableDiffusion3InpaintPipeline, _sd3_16, {**_SD3, **_MASK}, _SHIFTED, strength=0.5),
+    "flux": Family(diffusers.FluxPipeline, _flux, _FLUX, _DYNAMIC, calls=2),
+    "flux-img2img": Family(diffusers.FluxImg2ImgPipeline, _flux, {**_FLUX, **_BEGIN}, _DYNAMIC, calls=2, strength=0.5),
+    "flux-inpaint": Family(diffusers.FluxInpaintPipeline, _flux, {**_FLUX, **_MASK}, _DYNAMIC, calls=2, strength=0.5),
+    **DIFFUSION,
+    **IMAGE,
+    **VIDEO,
+    **SOUND,
+    **VARIANTS,
+}  # fmt: skip
