@@ -156,13 +156,16 @@ def sample_seed(seed: int, index: int) -> int:
     return low | (high & 0x7FFFFFFF) << 32
 
 
-def keys(generator: Generator | Sequence[Generator] | None, batch: int) -> tuple[list[int], list[int]]:
+def keys(
+    generator: Generator | Sequence[Generator] | None, batch: int, seed: int | None = None
+) -> tuple[list[int], list[int]]:
     """Returns seeds and sample ids for keyed noise from what a diffusers pipeline is given as ``generator``.
 
     Args:
         generator: one generator (its initial seed serves all samples, numbered 0 ... B-1), a list with one for each sample
-            (each its own seed, sample 0 of it), or None (the seeds of `default_seeds`, or else a fresh random one).
+            (each its own seed, sample 0 of it), or None (the seeds of `default_seeds`, or else ``seed``).
         batch: number of samples B.
+        seed: for want of a generator; None means a fresh random one.
 
     Raises:
         ValueError: for a list of another length than the batch.
@@ -176,7 +179,10 @@ def keys(generator: Generator | Sequence[Generator] | None, batch: int) -> tuple
     seeds = _default.get()
     if generator is None and seeds is not None and len(seeds) == batch:
         return seeds, [0] * batch
-    seed = generator.initial_seed() if generator is not None else int(torch.randint(2**62, ()).item())
+    if generator is not None:
+        seed = generator.initial_seed()
+    elif seed is None:
+        seed = int(torch.randint(2**62, ()).item())
     return [seed] * batch, list(range(batch))
 
 

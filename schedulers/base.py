@@ -286,7 +286,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if given is not None:
             return given
         if plan.keyed:
-            seeds, ids = rng.keys(generator, len(raw))
+            seeds, ids = rng.keys(generator, len(raw), plan.seed)
             return rng.normal(raw.shape[1:], seeds, ids, step=index, device=raw.device, dtype=raw.dtype)
         drawn: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=raw.dtype)
         return drawn

@@ -11,10 +11,13 @@ _NUMBERS: Final[dict[str, tuple[float, float, bool]]] = {
     **dict.fromkeys(("num_train_timesteps", "original_inference_steps"), (1, 1e6, True)),
     **dict.fromkeys(("solver_order", "predictor_order"), (1, 9, True)),
     "steps_offset": (0, 1e6, True),
+    "seed": (-(2**63), 2**64 - 1, True),
     **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio", "shift_terminal"), (0, 1, False)),
-    **dict.fromkeys(("shift", "flow_shift", "snr_shift_scale", "rho", "sigma_data"), (1e-9, 1e9, False)),
+    **dict.fromkeys(("snr_shift_scale", "rho", "sigma_data"), (1e-9, 1e9, False)),
     **dict.fromkeys(("sigma_min", "sigma_max", "clip_sample_range", "sample_max_value"), (0, 1e9, False)),
-    **dict.fromkeys(("eta", "s_churn", "s_tmin", "s_tmax", "s_noise"), (0, math.inf, False)),
+    **dict.fromkeys(("shift", "flow_shift"), (-1e9, 1e9, False)),
+    "lambda_min_clipped": (-math.inf, math.inf, False),
+    **dict.fromkeys(("eta", "s_churn", "s_tmin", "s_tmax", "s_noise"), (-math.inf, math.inf, False)),
 }
 _WORDS: Final = (
     *("path", "prediction_type", "solver", "gauge", "noise", "stock"),

@@ -35,6 +35,7 @@ class Plan:
         finish: what the last result is multiplied with, for a class that hands on another path's coordinates.
         limit: what is done to x0_hat, or None.
         keyed: noise from (seed, sample, step).
+        seed: of keyed noise where no generator comes; None draws one.
         debug: look for NaN after every step.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     finish: float = 1.0
     limit: clipping.Limit | None = None
     keyed: bool = False
+    seed: int | None = None
     debug: bool = False
 
     def rows(self, begin: int = 0, eta: float = 0.0) -> list[Row]:

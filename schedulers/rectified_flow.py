@@ -73,6 +73,8 @@ class RectifiedFlowScheduler(TableScheduler):
             one. Other solvers drop a learned variance.
         noise: where the noise of stochastic steps comes from: "diffusers" (``randn_tensor``, equal to stock) or "keyed" (a
             function of seed, sample and step alone; see `flowkit.rng`).
+        seed: of keyed noise in pipelines that hand no generator to ``step`` (SD3, Flux, Wan and most of flow models); None draws
+            one. A generator that comes wins.
         debug: look for NaN after every step, which waits for the device, and name the step.
         stock: name of the diffusers class whose configuration this is; `from_config` sets it.
 
@@ -110,6 +112,7 @@ class RectifiedFlowScheduler(TableScheduler):
         s_noise: float = 1.0,
         variance_type: str | None = None,
         noise: str = "diffusers",
+        seed: int | None = None,
         debug: bool = False,
         stock: str | None = None,
     ) -> None:
@@ -122,6 +125,8 @@ class RectifiedFlowScheduler(TableScheduler):
         predictions.pair(prediction_type, 1.0, 0.0)  # refuses an unknown type
         if noise not in ("diffusers", "keyed"):
             raise ValueError(f"unknown noise {noise!r}; choose 'diffusers' or 'keyed'")
+        if seed is not None and noise != "keyed":
+            raise ValueError(f"seed={seed} is that of keyed noise; set noise='keyed', or call torch.manual_seed")
         if isinstance(grid, Mapping):
             grid = Grid.from_dict(grid)
         if isinstance(grid, str) and grid not in GRIDS:
@@ -202,7 +207,8 @@ class RectifiedFlowScheduler(TableScheduler):
         if kwargs.get("solver", values.get("solver")) != values.get("solver"):
             values = {k: v for k, v in values.items() if k not in _OF_SOLVER}
         stock = values.get("stock")
-        known = own | set(stock_classes.defaults(stock) if stock in stock_classes.CLASSES else ())
+        named = isinstance(stock, str) and stock in stock_classes.CLASSES
+        known = own | set(stock_classes.defaults(stock) if named else ())
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(
                 f"unknown knob {unknown[0]!r} = {kwargs[unknown[0]]!r}; choose from {', '.join(sorted(known))}"
@@ -338,6 +344,7 @@ class RectifiedFlowScheduler(TableScheduler):
             finish=imitation.end_scale(config, levels),
             limit=clipping.limiter(config),
             keyed=config["noise"] == "keyed",
+            seed=config["seed"],
             debug=config["debug"],
         )
         if config["stock"] and config["solver"] is None:

@@ -116,7 +116,12 @@ def lay(
     """
     times, given = numbers("timesteps", timesteps), numbers("sigmas", sigmas)
     on_flow = c["path"] == "flow"
-    if times is not None and given is not None and not (on_flow and FLOW[c["stock"]].paired):
+    if times is not None and given is not None and on_flow and not FLOW[c["stock"]].paired:
+        total = c["num_train_timesteps"]
+        if len(times) != len(given) or np.abs(times / total - given).max() > 1 / total:
+            raise ValueError(f"timesteps {short(times)} and sigmas {short(given)} disagree; leave one of them out")
+        times = None  # CogView4 passes both
+    if times is not None and given is not None and not on_flow:
         raise ValueError(f"{c['stock']} takes timesteps or sigmas, not both; leave one of them out")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if on_flow:

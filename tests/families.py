@@ -36,7 +36,7 @@ NOTES = {
     **dict.fromkeys(("ltx", "ltx-i2v", "allegro"), "its argument timesteps fails"),
     "easyanimate": "swap with use_dynamic_shifting=False: the shift is for its own class only",
     "bria": "its argument timesteps fails; swap with use_dynamic_shifting=False: the shift is for its own class only",
-    "cogview4": "always passes sigmas and timesteps, so from FlowMatchEulerDiscreteScheduler only",
+    "cogview4": "always passes sigmas and timesteps; of the stock schedulers only FlowMatchEulerDiscreteScheduler takes both",
     "kandinsky5": "overwrites samples in place: stock Heun and UniPC read what was overwritten",
     "ltx-condition": "a model time for each token",
     "ltx2": "a copy of the scheduler drives the sound",

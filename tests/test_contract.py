@@ -444,3 +444,73 @@ def test_dynamic_shift_and_stretch_of_our_own_are_those_of_flow_match(kind: str)
 def test_grids_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RectifiedFlowScheduler(**options).set_timesteps(4, mu=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------ what pipelines bring
+
+
+def test_both_lists_are_taken_where_they_agree() -> None:
+    """As CogView4 passes them, times whole."""
+    sigmas, timesteps = [1.0, 0.7503, 0.5, 0.2497], [1000, 750, 500, 250]
+    for stock in (
+        diffusers.FlowMatchHeunDiscreteScheduler(),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ):
+        both, one = RectifiedFlowScheduler.from_config(stock), RectifiedFlowScheduler.from_config(stock)
+        both.set_timesteps(sigmas=sigmas, timesteps=timesteps)
+        one.set_timesteps(sigmas=sigmas)
+        assert torch.equal(both.sigmas, one.sigmas)
+        with pytest.raises(ValueError, match=r"timesteps \[1000. .* and sigmas \[1. .* disagree; leave one"):
+            both.set_timesteps(sigmas=sigmas, timesteps=[1000, 700, 500, 250])
+
+
+def test_a_seed_of_its_own_where_a_pipeline_hands_on_no_generator() -> None:
+    def noise(generator: Generator | None = None, **options: Any) -> Tensor:
+        scheduler = RectifiedFlowScheduler(solver="ancestral", noise="keyed", **options)
+        scheduler.set_timesteps(4)
+        x = torch.zeros(3, 2, 4, 4)
+        result: Tensor = scheduler.step(x, scheduler.timesteps[0], x, generator=generator).prev_sample
+        return result
+
+    assert torch.equal(noise(seed=5), noise(seed=5))
+    assert not torch.equal(noise(seed=5), noise(seed=6))
+    assert not torch.equal(noise(), noise())
+    assert torch.equal(noise(Generator().manual_seed(5)), noise(seed=5))
+    assert torch.equal(noise(Generator().manual_seed(5), seed=6), noise(seed=5))
+    with pytest.raises(ValueError, match="seed=3 is that of keyed noise; set noise='keyed', or"):
+        RectifiedFlowScheduler(solver="ancestral", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"_class_name": "DDIMScheduler", "num_train_timesteps": "many"},
+            "num_train_timesteps='many': not a whole number from 1",
+        ),
+        (
+            {"_class_name": "DDIMScheduler", "num_train_timesteps": 10**9},
+            "num_train_timesteps=1000000000: not a whole number",
+        ),
+        ({"_class_name": "DDIMScheduler", "steps_offset": 0.5}, "steps_offset=0.5: not a whole number"),
+        ({"_class_name": "DDIMScheduler", "beta_end": math.nan}, "beta_end=nan: not a number from 0 to 1"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": 0.5}, "trained_betas=0.5: not a list of numbers"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": ["linear"]}, "beta_schedule=.'linear'.: not a name"),
+        ({"_class_name": "DDIMScheduler", "flowkit": [1]}, r"the hidden key 'flowkit' holds \[1\], not our settings"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": None},
+            "algorithm_type=None: unknown; choose",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": True}, "shift=True: not a number"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": "x"}, "shift_terminal='x': not a number"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "disable_corrector": "all"},
+            "disable_corrector='all': not a list of steps",
+        ),
+    ],
+)
+def test_values_of_a_wrong_kind_in_a_file_are_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        RectifiedFlowScheduler.from_config(config)
+    assert ";" in str(caught.value)
+    assert "\n" not in str(caught.value)

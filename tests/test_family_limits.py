@@ -16,7 +16,7 @@ from flowkit import RectifiedFlowScheduler
 from .families import CANNOT, MADE_FOR, READ, stock_of
 from .swaps import stock
 from .tiny import PIPELINES, build, run
-from .tiny_parts import DDIM, DPM, FLOW, MATCH, SD, UNIPC, V, pixels, unet, vae
+from .tiny_parts import DDIM, DPM, MATCH, SD, V, pixels, unet, vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 
@@ -64,7 +64,6 @@ def test_longcat_audio_replaces_the_scheduler() -> None:
             (family, (MATCH, {"use_dynamic_shifting": True}), "needs a number mu, got None; pass mu=")
             for family in ("bria", "easyanimate")
         ),
-        ("cogview4", (UNIPC, FLOW), "takes timesteps or sigmas, not both; leave one of them out"),
     ],
 )
 def test_pipelines_that_pass_what_ours_does_not_take(family: str, config: tuple[str, Any], message: str) -> None:

@@ -687,7 +687,7 @@ def test_lists_that_make_no_grid_are_refused(family: str, arguments: Config, mes
 
 def test_lists_in_conflict_are_refused() -> None:
     pipe = flowkit.load_demo("digits")  # the other pipelines pass one list at most
-    with pytest.raises(ValueError, match=r"^sigmas \[1\.0, 0\.5\] and timesteps \[1000, 400\] disagree"):
+    with pytest.raises(ValueError, match=r"^sigmas \[1\.0, 0\.5\] and timesteps \[1000.0, 400.0\] disagree"):
         pipe(class_labels=[3], sigmas=[1.0, 0.5], timesteps=[1000, 400])
 
 
