@@ -190,9 +190,8 @@ class RectifiedFlowScheduler(TableScheduler):
             values = {k: v for k, v in config.items() if not k.startswith("_")}
             if config.get("_class_name") == cls.__name__:  # what a file says of its origin stays
                 values |= {k: config[k] for k in ("_class_name", "_diffusers_version") if k in config}
-        elif "path" in config and not config.get(
-            "stock"
-        ):  # one of our own, not an imitation, that a stock class took over
+        elif "path" in config and not config.get("stock"):
+            # One of our own, not an imitation, that a stock class took over.
             values = {k: config[k] for k in own & set(config) - set(config.get("_use_default_values", ()))}
         else:
             values = imitation.translate({**config, **{k: v for k, v in kwargs.items() if k not in own}})
