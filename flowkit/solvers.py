@@ -103,7 +103,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("dpm++2m", 2, "x0", "lambda", ("mid",), 2),
         Solver(
             "dpm++3m", 2, "x0", "lambda", ("mid", "half"), 3,
-            remark="as published: half the quadratic term, without which it would have order 3",
+            remark="as published, with half the quadratic term; with all of it the order would be 3",
         ),
         Solver("sde-dpm++2m", 2, "x0", "lambda", ("mid",), 2, noise="exact"),
         Solver(

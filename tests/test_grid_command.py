@@ -275,3 +275,18 @@ def test_the_help_names_every_grid() -> None:
     text = " ".join(CliRunner().invoke(app, ["grid", "--help"], env={"COLUMNS": "200"}).stdout.split())
     for name in GRIDS:
         assert name in text
+
+
+def test_facts_need_no_grid() -> None:
+    result = CliRunner().invoke(app, ["grid", "--show"])
+    assert result.exit_code == 0
+    lines = " ".join(result.stdout.split())
+    for name, solver in solvers.SOLVERS.items():
+        assert f"{name} {solver.facts}" in lines
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    one = CliRunner().invoke(app, ["grid", "--solver", "heun", "--json"]).stdout
+    assert json.loads(one) == {"heun": solvers.find("heun").facts}
+    none = CliRunner().invoke(app, ["grid"])
+    assert (none.exit_code, none.stderr) == (
+        2, "error: no grid named; name one such as uniform, a file or a list, or add --show for the solvers\n"
+    )  # fmt: skip

@@ -90,14 +90,14 @@ def _demo(
 @app.command("grid")
 def _grid(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="SOURCE",
+            metavar="[SOURCE]...",
             help="Grid files, lists such as 1.0,0.6,0.0, or names: uniform (also called trailing), leading, linspace, "
             "straight, karras, exponential, beta, ays-sd15, ays-sdxl, ays-svd.",
             show_default=False,
         ),
-    ],
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -131,7 +131,9 @@ def _grid(
     whole_times: Annotated[
         bool, typer.Option("--whole-times", help="Move each level to the nearest whole model time.")
     ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print every solver's facts and its table of the run.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print every solver's facts, and its table of the run on each SOURCE.")
+    ] = False,
     solver: Annotated[str | None, typer.Option(help="The same for one solver.", metavar="NAME")] = None,
     for_stock: Annotated[
         str | None,
@@ -156,10 +158,12 @@ def _grid(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Show, compare, convert and export grids: the noise levels of a sampler's steps."""
+    if not (sources or show or solver):
+        raise ValueError("no grid named; name one such as uniform, a file or a list, or add --show for the solvers")
     from flowkit.cli.grid import run
 
     run(
-        sources,
+        sources or (),
         steps=steps,
         path=path,
         model=model,

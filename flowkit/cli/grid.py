@@ -116,7 +116,7 @@ def run(
     """Builds the grids, changes them in the order of the arguments, and prints what is asked for.
 
     Args:
-        sources: files, names of `GRIDS`, or lists of levels.
+        sources: files, names of `GRIDS`, or lists of levels; none with ``show`` or ``solver``, for the facts alone.
         steps: N of the names, and what files and lists are resampled to; None means as they are, and for names the N of the first
             file or list, or 10.
         path: name of the path to build on and to convert to; None means a file's own, flow for lists and most names.
@@ -145,10 +145,14 @@ def run(
         raise ValueError(
             f"--stock-mu {stock_mu:g} is for the scheduler of --for-stock; to shift the grid itself use --mu"
         )
-    if save and len(sources) > 1:
-        raise ValueError(f"--save writes one grid, got {len(sources)} sources; name one of them")
     if solver:
         solvers.find(solver)
+    wanted_solvers = [solver] if solver else list(solvers.SOLVERS) if show else []
+    if not sources:
+        _print_facts(wanted_solvers, as_json)
+        return
+    if save and len(sources) > 1:
+        raise ValueError(f"--save writes one grid, got {len(sources)} sources; name one of them")
     wanted = _model_path(model) if model else paths.named(path) if path else None
     grids = []
     for label, grid, its_path in _build(sources, steps, wanted):
@@ -156,7 +160,6 @@ def run(
             grid = grid.with_shift(shift, mu=mu)
         grid = grid if terminal is None else grid.stretched(terminal)
         grids.append(Shown(label, grid.at_whole_times(its_path) if whole_times else grid, its_path))
-    wanted_solvers = [solver] if solver else list(solvers.SOLVERS) if show else []
     stock = [_Export.of(for_stock, item, model, stock_mu) for item in grids] if for_stock else []
     found: dict[str, Any] = {
         "grids": [_described(item) for item in grids],
@@ -179,6 +182,16 @@ def run(
         print(text)
     for file in filter(None, (save, plot)):
         print(f"written: {file}")
+
+
+def _print_facts(names: Sequence[str], as_json: bool) -> None:
+    """What each solver is, in one line, or two where it is long."""
+    facts = {name: solvers.SOLVERS[name].facts for name in names}
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, line in facts.items():
+        print(textwrap.fill(f"{name:15} {line}", WIDTH, subsequent_indent=" " * 16))
 
 
 def _build(sources: Sequence[str], steps: int | None, wanted: Path | None) -> Iterator[tuple[str, Grid, Path]]:
