@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowkit import gauges, predictions
 from flowkit.gauges import Array, clock, from_clock, increment, scale, weights
-from flowkit.paths import Path, from_rho, rho
+from flowkit.paths import Path, from_rho, log_snr, rho
 from flowkit.solvers import Gauge, Solver
 
 
@@ -258,6 +258,11 @@ class _Draft:
         rule = rules[min(len(used), len(rules) + 1) - 2]
         eta = self.eta if self.method.noise == "exact" else 0.0
         q[used] = weights(gauge, tau, rule, s, t, [nodes[k] for k in used], eta)
+        if tau == "lambda" and not corrector and len(used) > 1 and self.method.reach < math.inf:
+            far = (log_snr(t) - log_snr(s)) / (log_snr(s) - log_snr(nodes[used[1]]))
+            share = min(1.0, self.method.reach / far) ** 2
+            q *= share
+            q[0] += 1.0 - share
         return q, len(used)
 
     def stages(self) -> list[Row]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,19 @@ def test_paths_and_predictions_do_not_change_the_result(name: str, prediction: s
         else:
             got = sample(method, path_name, levels, prediction)
         assert (got - reference).abs().max() < 1e-10, path_name
+
+
+@pytest.mark.parametrize("name", ["dpm++2m", "dpm++3m"])
+@pytest.mark.parametrize("count", [6, 10, 20])
+def test_a_leap_at_the_end_of_a_flow_grid_is_not_extrapolated_over(name: str, count: int) -> None:
+    """Flow-match Euler's grid ends at sigma 0.001 before 0: without the limit the last extrapolation is most of the error."""
+    levels = [*np.linspace(1.0, 0.001, count).tolist(), 0.0]
+    fine = [a + (b - a) * k / 20 for a, b in pairwise(levels) for k in range(20)]
+    truth = sample(RK4, "flow", [*fine, 0.0])
+    limited = solvers.solver(name, paths.flow())
+    assert limited.reach == 2
+    errors = [(sample(m, "flow", levels) - truth).square().mean().sqrt().item() for m in (limited, solvers.find(name))]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def _moments(method: Solver, path: Path, levels: Sequence[float], std: float, **options: Any) -> float:
