@@ -11,9 +11,9 @@ from flowkit.solvers import SOLVERS
 
 Rows = dict[str, dict[str, Any]]
 
-MIXTURES = {"smooth": "five wide Gaussians in 4-D", "clusters": "eight narrow Gaussians in 2-D"}
+MIXTURES = {"smooth": "five wide Gaussians in 4-D", "clusters": "eight narrow ones in 2-D"}
 MODELS = ("digits", "shapes")
-FIGURES = {"rmse": "RMSE to the probability-flow ODE", "w2": "sliced Wasserstein-2 distance to the data"}
+FIGURES = {"rmse": "RMSE to the probability-flow ODE", "w2": "Sliced Wasserstein-2 distance to the data"}
 # Told apart by colour, by marker, and by the legend's order; readable with the usual colour blindness (Okabe & Ito 2008).
 DRAWN = {
     "euler": ("#000000", "o"),
@@ -35,10 +35,8 @@ def tables(results: dict[str, Any], same: dict[str, tuple[str, ...]]) -> str:
     rows, settings = results["rows"], results["settings"]
     names = list(dict.fromkeys(key.split("/")[-2] for key in rows if key.count("/") > 1))
     labels = {name: ", ".join((name, *same.get(name, ()))) for name in names}
-    parts = [facts()]
-    for name, figure in ((name, figure) for name in MIXTURES for figure in FIGURES):
-        parts.append(mixture(name, figure, rows, settings, labels))
-    parts.append(models(rows, settings, labels))
+    parts = [facts(), models(rows, settings, labels)]
+    parts += [mixtures(kind, figure, rows, settings, labels) for figure in FIGURES for kind in settings["paths"]]
     return "\n".join(parts)
 
 
@@ -49,69 +47,66 @@ def facts() -> str:
         order, calls, kind, limit, stored, *remark = solver.facts.split("; ", 5)
         numbers = (order.replace("order ", ""), calls.split()[0], stored.split()[1])
         body.append((f"`{name}`", *numbers, kind, limit.removeprefix("converges to the "), *(remark or [""])))
-    head = ("`solver=`", "order", "calls a step", "stores", "", "converges to the", "")
+    head = ("`solver=`", "order", "calls a step", "stores", "kind", "converges to the", "remark")
     return f"**Solvers**\n\n{markdown(head, body, text=(0, 4, 5, 6))}"
 
 
-def mixture(name: str, figure: str, rows: Rows, settings: dict[str, Any], labels: dict[str, str]) -> str:
-    """One figure of all solvers on one mixture: a column for each path and number of calls."""
-    kinds, budgets = list(settings["paths"]), settings["calls"]
-    columns = [(kind, calls) for kind in kinds for calls in budgets]
-    body: list[list[str]] = []
-    kept = [n for n in labels if all(figure in rows[f"{name}/{k}/{n}/{c}"] for k, c in columns)]
-    best = {c: min(rows[f"{name}/{c[0]}/{n}/{c[1]}"][figure][0] for n in kept) for c in columns}
-    for n in kept:
-        cells = []
-        for c in columns:
-            value, error = rows[f"{name}/{c[0]}/{n}/{c[1]}"][figure]
-            cell = number(value) + (f" ± {error:.1g}" if error > 0.1 * value else "")
-            cells.append(f"**{cell}**" if value == best[c] else cell)
-        body.append([labels[n], made(n, name, kinds[0], budgets, rows), *cells])
-    bounds = [rows[f"{name}/{kind}"] for kind in kinds]
+def mixtures(kind: str, figure: str, rows: Rows, settings: dict[str, Any], labels: dict[str, str]) -> str:
+    """One figure on one path: a column for each mixture and number of calls, standard errors where they are large."""
+    columns = [(name, calls) for name in MIXTURES for calls in settings["calls"]]
+    found = {n: [rows[f"{name}/{kind}/{n}/{calls}"] for name, calls in columns] for n in labels}
+    kept = {n: [row[figure] for row in of] for n, of in found.items() if all(figure in row for row in of)}
+    cells = {n: [number(v) + (f" ± {se:.1g}" if se > 0.1 * v else "") for v, se in of] for n, of in kept.items()}
+    grid = settings["paths"][kind]["grid"]
+    title = f"**{FIGURES[figure]}**, path {kind.partition(',')[0]}, grid {grid}"
     if figure == "w2":
-        for label, key in (("fine solution", "ode"), ("exact samples", "exact")):
-            body.append([f"*{label}*", "", *(f"{b[key][0]:.3f} ± {b[key][1]:.1g}" for b in bounds for _ in budgets)])
-        note = f"{settings['samples']:,} samples, mean of {settings['seeds']} seeds"
-    else:
-        note = f"fine solution good to {max(b['reference_error'] for b in bounds):.0e}"
-    head = ["", "calls", *(f"{k} {c}" for k, c in columns)]
-    title = f"**{FIGURES[figure].capitalize() if figure == 'w2' else FIGURES[figure]}**, *{name}*, {MIXTURES[name]} ({note})"
-    return f"{title}\n\n{markdown(head, body)}"
+        for key, what in (("exact", "exact samples"), ("ode", "the fine solution")):
+            bounds = (rows[f"{name}/{kind}"][key] for name in MIXTURES)
+            title += f"; {what}: " + ", ".join(f"{v:.3f} ± {se:.3f}" for v, se in bounds)
+    return table(title, columns, kept, cells, labels, {n: of[: len(settings["calls"])] for n, of in found.items()})
 
 
 def models(rows: Rows, settings: dict[str, Any], labels: dict[str, str]) -> str:
     """Frechet distances of the embedded models."""
-    budgets = settings["model_calls"]
-    columns = [(data, calls) for data in MODELS for calls in budgets]
-    best = {c: min(rows[f"{c[0]}/{n}/{c[1]}"]["fd"][0] for n in labels) for c in columns}
-    body = []
-    for n in labels:
-        cells = []
-        for c in columns:
-            value, error = rows[f"{c[0]}/{n}/{c[1]}"]["fd"]
-            cell = f"{value:.2f} ± {error:.2f}"
-            cells.append(f"**{cell}**" if value == best[c] else cell)
-        body.append([labels[n], made(n, "digits", None, budgets, rows), *cells])
+    columns = [(data, calls) for data in MODELS for calls in settings["model_calls"]]
+    found = {n: [rows[f"{data}/{n}/{calls}"] for data, calls in columns] for n in labels}
+    kept = {n: [row["fd"] for row in of] for n, of in found.items()}
+    cells = {n: [f"{v:.2f} ± {se:.2f}" for v, se in of] for n, of in kept.items()}
     images = " and ".join(f"{settings[data]:,} {data}" for data in MODELS)
-    title = f"**Fréchet distance in the classifier's features**, embedded models ({images} a row, the same seeds in every row)"
-    return f"{title}\n\n{markdown(['', 'calls', *(f'{d} {c}' for d, c in columns)], body)}"
+    title = f"**Fréchet distance in the classifier's features**, embedded models, grid uniform, {images} a row"
+    return table(
+        title, columns, kept, cells, labels, {n: of[: len(settings["model_calls"])] for n, of in found.items()}
+    )
 
 
-def made(row: str, where: str, kind: str | None, budgets: Sequence[int], rows: Rows) -> str:
-    """The calls that a solver really makes."""
-    place = f"{where}/{kind}" if kind else where
-    return " ".join(str(rows[f"{place}/{row}/{calls}"]["calls"]) for calls in budgets)
+def table(
+    title: str,
+    columns: Sequence[tuple[str, int]],
+    values: dict[str, list[list[float]]],
+    cells: dict[str, list[str]],
+    labels: dict[str, str],
+    made: dict[str, list[dict[str, Any]]],
+) -> str:
+    """Rows of solvers with the calls that they really make, the best of each column in bold, and what prints the same."""
+    best = [cells[min(values, key=lambda n: values[n][i][0])][i] for i in range(len(columns))]
+    body = []
+    for n, line in cells.items():
+        shown = [f"**{cell}**" if cell == top else cell for cell, top in zip(line, best, strict=True)]
+        body.append([labels[n], " ".join(str(row["calls"]) for row in made[n]), *shown])
+    return f"{title}\n\n{markdown(['', 'calls', *(f'{name} {calls}' for name, calls in columns)], body)}"
 
 
 def number(value: float) -> str:
-    """Two digits, without an exponent where that is short."""
-    return f"{value:.2g}" if value >= 0.001 else f"{value:.1e}".replace("e-0", "e-")
+    """Two digits."""
+    if value < 0.001:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:#.2g}" if value < 9.95 else f"{value:.0f}"
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]], text: Sequence[int] = (0, 1)) -> str:
     """A table whose columns are numbers but for those of ``text``."""
     rule = ["---" if i in text else "---:" for i in range(len(head))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *body))
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in (head, rule, *body))
 
 
 def plot(results: dict[str, Any], file: Path) -> bytes:
@@ -130,7 +125,7 @@ def plot(results: dict[str, Any], file: Path) -> bytes:
             found = [rows[f"{name}/flow/{solver}/{calls}"] for calls in budgets]
             axes.plot([r["calls"] for r in found], [r["rmse"][0] for r in found], color=colour, marker=marker, label=solver,
                       markersize=5, linewidth=1.5)  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="network calls", title=f"{name}: {MIXTURES[name]}")
+        axes.set(xscale="log", yscale="log", xlabel="network calls (flow path, uniform grid)", title=f"{name}: {MIXTURES[name]}")
         axes.set_xticks(budgets, [str(n) for n in budgets])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(color="#dddddd", linewidth=0.6)
