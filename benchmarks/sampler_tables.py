@@ -125,7 +125,12 @@ def plot(results: dict[str, Any], file: Path) -> bytes:
             found = [rows[f"{name}/flow/{solver}/{calls}"] for calls in budgets]
             axes.plot([r["calls"] for r in found], [r["rmse"][0] for r in found], color=colour, marker=marker, label=solver,
                       markersize=5, linewidth=1.5)  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="network calls (flow path, uniform grid)", title=f"{name}: {MIXTURES[name]}")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="network calls (flow path, uniform grid)",
+            title=f"{name}: {MIXTURES[name]}",
+        )
         axes.set_xticks(budgets, [str(n) for n in budgets])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(color="#dddddd", linewidth=0.6)

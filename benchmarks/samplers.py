@@ -1,6 +1,6 @@
 """Every solver at equal numbers of network calls: on exact mixtures, where the answer is known, and on the embedded models.
 
-    python benchmarks/samplers.py            # measures what benchmarks/samplers.json does not have yet; about 12 CPU-minutes in all
+    python benchmarks/samplers.py            # measures what benchmarks/samplers.json does not have yet; about 15 CPU-minutes in all
     python benchmarks/samplers.py --table    # prints the tables of docs/samplers.md from it
     python benchmarks/samplers.py --plot docs/samplers.png
 

@@ -46,6 +46,12 @@ def test_the_page_shows_what_the_benchmark_prints(
     assert shown == printed
 
 
+@pytest.mark.parametrize("code", re.findall(r"```python\n((?:.*\n)*?)```", PAGE))
+def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
 def test_the_rows_are_those_of_the_solvers_and_settings_as_they_are(benchmark: Any) -> None:
     results = json.loads((ROOT / "benchmarks" / "samplers.json").read_text(encoding="utf-8"))
     settings = {**benchmark.FULL, "paths": benchmark.PATHS}
