@@ -46,6 +46,14 @@ def test_the_page_shows_what_the_benchmark_prints(
     assert shown == printed
 
 
+def test_the_picture_is_drawn_from_the_rows(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["samplers.py", "--plot", str(tmp_path / "samplers.png")])
+    benchmark.main()
+    assert (tmp_path / "samplers.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Error against network calls on the flow path](samplers.png)" in PAGE
+    assert (ROOT / "docs" / "samplers.png").is_file()
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n((?:.*\n)*?)```", PAGE))
 def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,12 +83,15 @@ def test_rows_can_be_measured_again(benchmark: Any) -> None:
 
 
 def test_a_killed_run_goes_on_and_other_settings_are_refused(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "ROWS", {name: {"solver": name} for name in ("euler", "sde-dpm++2m")})
-    settings = {**benchmark.FAST, "paths": benchmark.PATHS, "digits": 20, "shapes": 12}
-    whole = benchmark.measure(tmp_path / "whole.json", settings)
-    assert json.loads((tmp_path / "whole.json").read_text()) == whole
+    settings = {**benchmark.FAST, "paths": benchmark.PATHS}
+    monkeypatch.setattr(sys, "argv", ["samplers.py", "--fast", "--output", str(tmp_path / "whole.json")])
+    benchmark.main()
+    assert "| sde-dpm++2m | 4 |" in capsys.readouterr().out
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert whole["settings"] == settings
     assert "rmse" not in whole["rows"]["smooth/flow/sde-dpm++2m/4"]
     assert all("fd" in row for key, row in whole["rows"].items() if key.startswith(("digits", "shapes")))
     ran: list[str] = []
