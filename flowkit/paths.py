@@ -107,7 +107,7 @@ class Path:
             case "ve":
                 s = from_rho(time)
             case "edm":
-                s = from_rho(math.exp(4 * time))
+                s = from_rho(math.exp(4 * time)) if time < 170 else math.inf
             case _:
                 s = self._at_index(time)
         if not 0 <= s <= 1:

@@ -158,11 +158,10 @@ def solver(name: str, path: Path, gauge: str | None = None) -> Solver:
         gauge = "flow" if path.name == "flow" else found.gauge or "eps"
     if gauge is None:
         return found
-    if gauge not in open_to or (found.gauge and name not in ("unipc", "edm")):
-        own = f"holds {found.gauge}" if found.gauge else "takes eps or flow"
-        raise ValueError(
-            f"solver {name!r} {own}, got gauge={gauge!r}; leave it out, or choose 'unipc', 'heun' or 'ab2'"
-        )
+    fixed = found.gauge and name not in ("unipc", "edm")
+    if fixed or gauge not in open_to:
+        choice = f"always holds {found.gauge}" if fixed else f"takes {', '.join(open_to)}"
+        raise ValueError(f"solver {name!r} {choice}, got gauge={gauge!r}; choose another solver or leave the gauge out")
     chosen = next(g for g in open_to if g == gauge)
     if name == "unipc" and chosen == "flow":
         return replace(found, gauge=chosen, tau="u", rules=("exact",))

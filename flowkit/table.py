@@ -192,7 +192,7 @@ class _Draft:
         """The calls of a multistep or singlestep method."""
         for i, s in enumerate(self.levels[:-1]):
             d, n = self.landing(i)
-            order = self.method.order if self.orders is None else self.orders[i]
+            order = self.method.order if self.orders is None else min(self.method.order, self.orders[i])
             if not self.method.inner:
                 yield _Piece(i, s, d, n, self.times[i], order)
                 continue

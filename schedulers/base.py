@@ -83,12 +83,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         plan = self.plan(num_inference_steps, timesteps, sigmas, mu)
         rows = plan.rows()
-        self._plan, self._rows, self._begin_index = plan, rows, None
-        self._restart()
-        self.num_inference_steps = num_inference_steps or len(plan.times)
+        times = torch.tensor([row.time for row in rows], dtype=torch.float32, device=device)
         levels = [plan.path.level(row.s) for row in rows] + [plan.levels[-1]]
-        self.timesteps = torch.tensor([row.time for row in rows], dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor(levels, dtype=torch.float32)
+        # From here on nothing fails: a refused call leaves the run before it as it was.
+        self.timesteps, self.sigmas = times, torch.tensor(levels, dtype=torch.float32)
+        self._plan, self._rows, self._begin_index = plan, rows, None
+        self.num_inference_steps = num_inference_steps or len(plan.times)
+        self._restart()
 
     def _train_grid(self) -> None:
         """Exports the training times and their levels, as training scripts look them up before any `set_timesteps`."""
@@ -314,10 +315,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             Noisy samples, shape and dtype of ``original_samples``.
         """
-        path = self._plan.path if self._plan else self.path
-        known = dict(zip(self.timesteps.tolist(), [row.s for row in self._rows], strict=False))
+        path, grid = self._plan.path if self._plan else self.path, self.timesteps.tolist() if self._rows else []
         times = torch.as_tensor(timesteps, dtype=torch.float32).flatten().tolist()
-        levels = [known[t] if t in known else path.at_time(t) for t in times]
+        at = self._step_index if self._step_index is not None else self._begin_index
+
+        def level(t: float) -> float:
+            if t not in grid:
+                return path.at_time(t)
+            here = at is not None and at < len(grid) and grid[at] == t  # whole times may be there several times
+            return self._rows[at if here and at is not None else self.index_for_timestep(t)].s
+
+        levels = [level(t) for t in times]
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
 
         def column(values: list[float]) -> Tensor:

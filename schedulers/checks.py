@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from flowkit.grids import BOUNDED
 
 # What is read as a number: least and largest value, and whether it is a whole one.
 _NUMBERS: Final[dict[str, tuple[float, float, bool]]] = {
@@ -17,7 +19,8 @@ _NUMBERS: Final[dict[str, tuple[float, float, bool]]] = {
     **dict.fromkeys(("sigma_min", "sigma_max", "clip_sample_range", "sample_max_value"), (0, 1e9, False)),
     **dict.fromkeys(("shift", "flow_shift"), (-1e9, 1e9, False)),
     "lambda_min_clipped": (-math.inf, math.inf, False),
-    **dict.fromkeys(("eta", "s_churn", "s_tmin", "s_tmax", "s_noise"), (-math.inf, math.inf, False)),
+    **dict.fromkeys(("eta", "s_churn", "s_tmin", "s_noise"), (-1e9, 1e9, False)),
+    "s_tmax": (-1e9, math.inf, False),
 }
 _WORDS: Final = (
     *("path", "prediction_type", "solver", "gauge", "noise", "stock"),
@@ -53,7 +56,52 @@ def check_kinds(values: Mapping[str, Any], optional: Mapping[str, Any], owner: s
             raise ValueError(f"{owner} with {key}={value!r:.60}: not a list of steps; correct it")
 
 
+# What counts whatever class is imitated.
+_ALWAYS: Final = frozenset(
+    (
+        "solver",
+        "gauge",
+        "grid",
+        "eta",
+        "s_churn",
+        "s_tmin",
+        "s_tmax",
+        "s_noise",
+        "noise",
+        "seed",
+        "debug",
+        "prediction_type",
+    )
+)
+
+
+def check_knobs(knobs: Mapping[str, Any], own: Iterable[str], stock: str | None, theirs: Mapping[str, Any]) -> None:
+    """Refuses knobs that would have no effect.
+
+    Args:
+        knobs: what the caller gave.
+        own: parameters of our scheduler.
+        stock: name of the imitated class, None for none.
+        theirs: its parameters.
+
+    Raises:
+        ValueError: for a knob that neither has, or that is ours but nothing reads while the class is imitated.
+    """
+    known = {*own, *theirs}
+    if unknown := sorted(set(knobs) - known):
+        raise ValueError(f"unknown knob {unknown[0]!r} = {knobs[unknown[0]]!r}; choose from {', '.join(sorted(known))}")
+    read = {*_ALWAYS, *theirs, *(("sigma_min", "sigma_max") if knobs.get("grid") in BOUNDED else ()), "variance_type"}
+    if stock and (idle := sorted(set(knobs) - read)):
+        raise ValueError(
+            f"{stock} does not read {idle[0]}={knobs[idle[0]]!r}; leave it out, or choose from {', '.join(sorted(read))}"
+        )
+
+
 def _is_list(value: Any) -> bool:  # noqa: ANN401
     """Whether a value is a sequence of numbers, arrays and tensors among them."""
-    listed = isinstance(value, Sequence) or hasattr(value, "tolist")
-    return listed and not isinstance(value, str) and all(isinstance(float(v), float) for v in value)
+    if isinstance(value, str) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+        return False
+    try:
+        return all(math.isfinite(float(v)) for v in value)
+    except (TypeError, ValueError):
+        return False

@@ -18,13 +18,13 @@ from flowkit.paths import Path
 from flowkit.schedulers import clipping, own_grids, plans, stock_classes, variances
 from flowkit.schedulers import stock as imitation
 from flowkit.schedulers.base import TableScheduler
-from flowkit.schedulers.checks import check_kinds
+from flowkit.schedulers.checks import check_kinds, check_knobs
 from flowkit.schedulers.plans import Plan
 from flowkit.schedulers.stock_flow import FLOW
 from flowkit.schedulers.stock_spacing import CONVERSIONS
 from flowkit.solvers import Solver
 
-_NATURAL = {"flow": "flow_prediction"}
+_NATURAL = {"flow": "flow_prediction", "cosine": "v_prediction"}
 _EDM = {"epsilon": "edm", "v_prediction": "edm_v"}  # on the EDM path these name the sign of c_out
 _OF_SOLVER = {"gauge", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"}  # given for one solver, and not for another
 
@@ -41,8 +41,8 @@ class RectifiedFlowScheduler(TableScheduler):
         num_train_timesteps: model time of pure noise on the continuous clocks, number of discrete times on "vp".
         path: "flow", "vp", "cosine", "ve" or "edm" (see `flowkit.paths`).
         prediction_type: what the network returns, in diffusers' words: "flow_prediction", "epsilon", "sample" or
-            "v_prediction"; on "edm" the first two of the latter mean the preconditioned network. None means flow_prediction on
-            the flow path, epsilon elsewhere.
+            "v_prediction"; on "edm" "epsilon" and "v_prediction" mean the preconditioned network. None means flow_prediction on
+            the flow path, v_prediction on "cosine", which starts where epsilon says nothing, and epsilon elsewhere.
         solver: one of `flowkit.solvers.SOLVERS`. None means that of the imitated class; on a fresh scheduler "unipc" on the flow
             path and "dpm++2m" elsewhere.
         gauge: what ``solver`` holds or interpolates, where it leaves that open (see `flowkit.solvers.solver`); None means its form
@@ -138,6 +138,8 @@ class RectifiedFlowScheduler(TableScheduler):
                 f"shift={shift}, use_dynamic_shifting={use_dynamic_shifting} and shift_terminal={shift_terminal} move flow "
                 f"levels, but the path is {path!r}; leave them out"
             )
+        if time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"unknown time_shift_type {time_shift_type!r}; choose 'exponential' or 'linear'")
         known = {"path": path, "prediction_type": prediction_type}
         self._register(**known, grid=grid.to_dict() if isinstance(grid, Grid) else grid)
         if solver is not None:
@@ -153,6 +155,8 @@ class RectifiedFlowScheduler(TableScheduler):
         if not stock:
             self._check_grid(self._grid, self.path)
             self._check_noise()
+            if self._grid is None:  # refuses a grid that cannot be, before a pipeline asks for it
+                own_grids.lay(self.config, self.path, 2, None, None, 0.5)
             self._train_grid()
 
     @classmethod
@@ -202,19 +206,25 @@ class RectifiedFlowScheduler(TableScheduler):
                 raise ValueError(
                     f"the hidden key 'flowkit' holds {hidden!r:.60}, not our settings; remove it from the file"
                 )
+            if hidden.get("stock", values["stock"]) and hidden.get("path", values["path"]) != values["path"]:
+                raise ValueError(
+                    f"the hidden key 'flowkit' says path={hidden['path']!r}, the class {values['stock']} is one of "
+                    f"{values['path']!r}; remove the key from the file"
+                )
             values |= hidden
         if kwargs.get("solver", values.get("solver")) != values.get("solver"):
             values = {k: v for k, v in values.items() if k not in _OF_SOLVER}
         stock = values.get("stock")
-        named = isinstance(stock, str) and stock in stock_classes.CLASSES
-        known = own | set(stock_classes.defaults(stock) if named else ())
-        if unknown := sorted(set(kwargs) - known):
+        if stock and any(kwargs.get(k, values[k]) != values[k] for k in ("path", "stock")):
             raise ValueError(
-                f"unknown knob {unknown[0]!r} = {kwargs[unknown[0]]!r}; choose from {', '.join(sorted(known))}"
+                f"the configuration is of {stock} on the path {values['path']!r}, got {kwargs}; leave out path and stock"
             )
+        theirs = stock_classes.defaults(stock) if isinstance(stock, str) and stock in stock_classes.CLASSES else {}
+        check_knobs(kwargs, own, stock, theirs)
         values |= kwargs
         scheduler = cls(**{k: v for k, v in values.items() if k in own})
         scheduler.register_to_config(**{k: v for k, v in values.items() if k not in own})
+        scheduler._check_grid(scheduler._grid, scheduler.path)
         scheduler._check_noise()  # refuses a class whose solver is not here
         scheduler._train_grid()
         return (scheduler, {}) if return_unused_kwargs else scheduler
@@ -224,25 +234,6 @@ class RectifiedFlowScheduler(TableScheduler):
         if defaults := sorted(set(self.config.get("_use_default_values", ())) - set(values)):
             values["_use_default_values"] = defaults
         self.register_to_config(**values)
-
-    def stock_config(self) -> tuple[str, dict[str, Any]]:
-        """Returns a stock class and a configuration that it loads, with ours in the one hidden key ``flowkit``.
-
-        Raises:
-            ValueError: where no stock class walks this path.
-        """
-        config = self.config
-        makers = {"flow": "FlowMatchEulerDiscreteScheduler", "vp": "DDIMScheduler", "edm": "EDMEulerScheduler"}
-        name = config["stock"] or makers.get(config["path"])
-        if name is None or (config["path"] == "vp" and config["prediction_type"] == "flow_prediction"):
-            raise ValueError(
-                f"no diffusers scheduler walks the path {config['path']!r} with {config['prediction_type']!r}; "
-                "save with pipe.save_pretrained, which needs flowkit to load"
-            )
-        theirs = stock_classes.defaults(name)
-        values = {k: v for k, v in config.items() if k in theirs and (v is not None or theirs[k] is None)}
-        own = inspect.signature(type(self).__init__).parameters
-        return name, {**values, "flowkit": {k: config[k] for k in own if k in config and k not in values}}
 
     @property
     def path(self) -> Path:
@@ -281,6 +272,9 @@ class RectifiedFlowScheduler(TableScheduler):
     def _check_noise(self) -> None:
         config, method = self.config, self.method
         table.check_noise(method, config["eta"] or 0.0, config["s_churn"])
+        if not config["s_churn"] and (config["s_tmin"] or config["s_tmax"] is not None):
+            raise ValueError(f"s_tmin={config['s_tmin']} and s_tmax={config['s_tmax']} bound churn, but s_churn is 0; set it, or "
+                             "leave them out")  # fmt: skip
         noisy = method.noise or config["eta"] or config["s_churn"]
         if config["s_noise"] != 1 and not noisy:
             raise ValueError(f"s_noise={config['s_noise']} has no effect on {method.name!r}, which adds no noise; set eta or "

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import diffusers
 
+from flowkit.schedulers import stock as imitation
+from flowkit.schedulers import stock_classes
 from flowkit.schedulers.rectified_flow import RectifiedFlowScheduler
+
+
+def stock_config(scheduler: RectifiedFlowScheduler) -> tuple[str, dict[str, Any]]:
+    """Returns a stock class and a configuration that it loads, with ours in the one hidden key ``flowkit``.
+
+    Raises:
+        ValueError: where no stock class walks this path with this prediction type.
+    """
+    config = scheduler.config
+    makers = {"flow": "FlowMatchEulerDiscreteScheduler", "vp": "DDIMScheduler", "edm": "EDMEulerScheduler"}
+    name = config["stock"] or makers.get(config["path"])
+    if name is None:
+        raise ValueError(f"no diffusers scheduler walks the path {config['path']!r} with {config['prediction_type']!r}; save with "
+                         "pipe.save_pretrained, which needs flowkit to load")  # fmt: skip
+    theirs = stock_classes.defaults(name)
+    values = {k: v for k, v in config.items() if k in theirs and (v is not None or theirs[k] is None)}
+    if not config["stock"]:
+        # A class of another prediction type would take the network's output for something else; and DDIM clips by default.
+        values |= {"clip_sample": False, "timestep_spacing": "trailing"} if name == "DDIMScheduler" else {}
+        try:
+            imitation.translate({"_class_name": name, **values, "prediction_type": config["prediction_type"]})
+        except ValueError as error:
+            raise ValueError(f"no diffusers scheduler walks the path {config['path']!r} with {config['prediction_type']!r} "
+                             f"({error}); save with pipe.save_pretrained, which needs flowkit to load") from error  # fmt: skip
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return name, {**values, "flowkit": {k: config[k] for k in own if k in config and k not in values}}
 
 
 def save_pretrained(pipe: diffusers.DiffusionPipeline, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401
@@ -28,7 +57,7 @@ def save_pretrained(pipe: diffusers.DiffusionPipeline, save_directory: str | os.
     if not isinstance(ours, RectifiedFlowScheduler):
         pipe.save_pretrained(save_directory, **kwargs)
         return
-    name, config = ours.stock_config()
+    name, config = stock_config(ours)
     hidden = config.pop("flowkit")
     stand_in = getattr(diffusers, name)(**config)
     stand_in.register_to_config(flowkit=hidden)

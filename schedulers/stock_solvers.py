@@ -107,6 +107,8 @@ def orders(config: Mapping[str, Any], n: int) -> list[int]:
     lower, few = c.get("lower_order_final", False), n < 15
     grown = [min(order, i + 1) for i in range(n)]
     match stock:
+        case "HeliosScheduler" if c["scheduler_type"] == "euler":
+            grown = [1] * n
         case "UniPCMultistepScheduler" | "SASolverScheduler" | "HeliosScheduler":
             if lower:
                 grown = [min(k, n - i) for i, k in enumerate(grown)]

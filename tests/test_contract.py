@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, paths, solvers
 from flowkit.grids import GRIDS, named
 from flowkit.predictions import pair
+from flowkit.schedulers.saving import stock_config
 
 SOLVERS = tuple(solvers.SOLVERS)
 NOISY = tuple(name for name, method in solvers.SOLVERS.items() if method.noise)
@@ -381,8 +382,8 @@ def test_a_vp_model_on_straightened_coordinates(solver: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "dpm++2m", "gauge": "flow"}, "holds x0, got gauge='flow'"),
-        ({"solver": "heun", "gauge": "x0"}, "'heun' takes eps or flow, got gauge='x0'"),
+        ({"solver": "dpm++2m", "gauge": "flow"}, "always holds x0, got gauge='flow'"),
+        ({"solver": "heun", "gauge": "x0"}, "'heun' takes eps, flow, got gauge='x0'"),
         ({"solver": "heun", "gauge": "straight"}, "gauge='straight'"),
         ({"stock": "DDIMScheduler", "path": "vp", "gauge": "flow"}, "gauge='flow' needs a solver"),
     ],
@@ -438,7 +439,7 @@ def test_dynamic_shift_and_stretch_of_our_own_are_those_of_flow_match(kind: str)
         ({"path": "edm", "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ({"path": "edm", "grid": "uniform"}, "has no trailing grid, its noise is unbounded"),
         ({"path": "vp", "sigma_min": 0.1}, "the grid 'uniform' has no sigma_min and sigma_max, got 0.1"),
-        ({"use_dynamic_shifting": True, "time_shift_type": "square"}, "unknown kind of shift 'square'"),
+        ({"use_dynamic_shifting": True, "time_shift_type": "square"}, "unknown time_shift_type 'square'"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -514,3 +515,122 @@ def test_values_of_a_wrong_kind_in_a_file_are_named(config: dict[str, Any], mess
         RectifiedFlowScheduler.from_config(config)
     assert ";" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- what contradicts itself
+
+
+def test_a_grid_of_another_path_is_refused_for_an_imitated_class_too() -> None:
+    stock = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match="the grid belongs to the path 'flow', this scheduler walks 'vp'"):
+        RectifiedFlowScheduler.from_config(stock, grid=Grid.uniform(4))
+    hidden = {"_class_name": "DDIMScheduler", "flowkit": {"grid": Grid.uniform(2).to_dict(), "solver": "euler"}}
+    with pytest.raises(ValueError, match="the grid belongs to the path 'flow'"):
+        RectifiedFlowScheduler.from_config(hidden)
+    with pytest.warns(UserWarning, match="made for solver 'unipc'"):
+        RectifiedFlowScheduler.from_config(
+            diffusers.FlowMatchEulerDiscreteScheduler(), solver="heun", grid=Grid((1.0, 0.5, 0.0), solver="unipc")
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "knobs", "message"),
+    [
+        (
+            "DDIMScheduler",
+            {"path": "flow", "solver": "euler"},
+            "is of DDIMScheduler on the path 'vp', got .*leave out path",
+        ),
+        ("DDIMScheduler", {"stock": "FlowMatchEulerDiscreteScheduler"}, "is of DDIMScheduler on the path 'vp'"),
+        ("DDIMScheduler", {"shift": 3.0}, "DDIMScheduler does not read shift=3.0; leave it out"),
+        ("DDIMScheduler", {"sigma_max": 3.0}, "DDIMScheduler does not read sigma_max=3.0"),
+        ("DDIMScheduler", {"use_dynamic_shifting": True}, "DDIMScheduler does not read use_dynamic_shifting=True"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"sigma_min": 0.1},
+            "FlowMatchEulerDiscreteScheduler does not read sigma_min=0.1",
+        ),
+    ],
+)
+def test_knobs_without_effect_are_refused(config: str, knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowScheduler.from_config({"_class_name": config}, **knobs)
+
+
+def test_hidden_settings_of_another_path_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="the hidden key 'flowkit' says path='flow', the class DDIMScheduler is one of 'vp'"
+    ):
+        RectifiedFlowScheduler.from_config(
+            {"_class_name": "DDIMScheduler", "flowkit": {"path": "flow", "solver": "euler", "stock": "DDIMScheduler"}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "edm", "s_tmin": 1.0}, "s_tmin=1.0 and s_tmax=None bound churn, but s_churn is 0"),
+        ({"solver": "edm", "s_churn": math.inf}, "s_churn=inf: not a number"),
+        ({"shift_terminal": 1.0}, r"terminal must lie in \(0, 1\), got 1"),
+        ({"sigma_min": 0.1}, "the grid 'uniform' has no sigma_min and sigma_max"),
+        ({"path": "edm", "sigma_min": 5.0, "sigma_max": 1.0}, "need 0 < sigma_min < sigma_max, got 5.0 and 1.0"),
+        ({"grid": "karras", "sigma_max": 80.0}, r"levels of a flow grid must lie in \[0, 1\]"),
+        ({"path": "ve", "grid": "leading"}, "has no leading grid, its noise is unbounded"),
+        ({"path": "vp", "beta_schedule": "even"}, "unknown beta_schedule 'even'"),
+        ({"path": "vp", "trained_betas": [None, 0.1]}, "trained_betas=.None, 0.1.: not a list of numbers"),
+        ({"path": "vp", "trained_betas": ["x"]}, "trained_betas=.'x'.: not a list of numbers"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowScheduler(**options)
+
+
+def test_the_cosine_path_runs_with_its_defaults() -> None:
+    scheduler = RectifiedFlowScheduler(path="cosine")
+    scheduler.set_timesteps(20)
+    assert run(scheduler, MixtureDenoiser.of(torch.zeros(1, 2, dtype=torch.float64), 0.5)).std() == pytest.approx(
+        0.5, rel=0.2
+    )
+
+
+def test_noise_for_the_step_that_a_run_begins_with() -> None:
+    """Whole model times of a shifted flow are there several times, each with its level."""
+    stock = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=17.0)
+    ours = RectifiedFlowScheduler.from_config(stock)
+    x0, noise = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(100)
+    assert len(set(stock.timesteps.tolist())) < 100
+    for begin in range(0, 100, 3):
+        for scheduler in (stock, ours):
+            scheduler.set_begin_index(begin)
+        t = stock.timesteps[begin : begin + 1]
+        assert torch.allclose(ours.add_noise(x0, noise, t), stock.add_noise(x0, noise, t), atol=1e-6)
+
+
+def test_a_refused_call_leaves_the_run_before_it() -> None:
+    scheduler = RectifiedFlowScheduler()
+    scheduler.set_timesteps(4)
+    for arguments in ({"num_inference_steps": 0}, {"num_inference_steps": 6, "device": "nosuch"}):
+        with pytest.raises((ValueError, RuntimeError)):
+            scheduler.set_timesteps(**arguments)
+        assert len(scheduler.timesteps) == len(scheduler._rows) == scheduler.num_inference_steps == 4
+    with pytest.raises(ValueError, match="model time 500 lies outside the path 'edm'"):
+        RectifiedFlowScheduler(path="edm").add_noise(torch.zeros(1), torch.zeros(1), torch.tensor([500]))
+
+
+def test_a_stand_in_for_everyone_takes_the_output_for_what_it_is() -> None:
+    name, config = stock_config(RectifiedFlowScheduler(path="vp"))
+    assert (name, config["clip_sample"], config["timestep_spacing"]) == ("DDIMScheduler", False, "trailing")
+    for options in (
+        {"prediction_type": "sample"},
+        {"prediction_type": "v_prediction"},
+        {"path": "edm", "prediction_type": "sample"},
+        {"path": "vp", "prediction_type": "flow_prediction"},
+        {"path": "ve"},
+    ):
+        with pytest.raises(
+            ValueError, match=r"no diffusers scheduler walks the path .*save with pipe\.save_pretrained"
+        ):
+            stock_config(RectifiedFlowScheduler(**options))

@@ -600,6 +600,8 @@ def test_settings_without_samples_are_replaced(tmp_path: Path, monkeypatch: pyte
          "diffusers such as DDIMScheduler"),
         (("digits", "--scheduler", "keep", "--solver", "heun"), "--solver changes the scheduler, and --scheduler keep leaves it"),
         (("digits", "--scheduler", "keep", "--knob", "debug=true"), "--knob debug changes the scheduler, and"),
+        (("digits", "--scheduler", "EulerDiscreteScheduler"), "the model predicts flow_prediction on the path 'flow', EulerDis"),
+        (("digits", "--eta", "0.3", "--knob", "eta=0.4"), "eta is given twice, by --eta 0.3 and --knob eta=0.4"),
         (("digits", "--scheduler", "DDIMScheduler", "--solver", "heun"), "DDIMScheduler has no 'solver'; choose from beta_end"),
         (("digits", "--knob", "magic=1"), "unknown knob 'magic' = 1; choose from "),
         (("digits", "--knob", "magic"), "--knob 'magic' is no assignment; write --knob name=value"),
@@ -826,7 +828,7 @@ def test_the_readme_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pyte
         result = CliRunner().invoke(app, shlex.split(line))
         assert result.exit_code == 0, result.output
     assert len(pixels(tmp_path / "samples" / "digits")) == 40
-    with np.load(tmp_path / "samples" / "guided" / "samples.npz") as archive:
+    with np.load(tmp_path / "samples" / "heun" / "samples.npz") as archive:
         assert archive["arr_0"].shape == (200, 8, 8, 1)
     named = re.findall(r"`(--[a-z]+)", section)
     shown = CliRunner().invoke(app, ["sample", "--help"], env={"COLUMNS": "200"}).stdout

@@ -80,6 +80,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
     ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("HeliosScheduler", {"stages": 1, "scheduler_type": "euler"}),
 ]  # fmt: skip
 
 

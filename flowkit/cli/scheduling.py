@@ -11,6 +11,7 @@ import diffusers
 
 from flowkit.grids import Grid
 from flowkit.schedulers import RectifiedFlowScheduler
+from flowkit.schedulers.saving import stock_config
 
 
 def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None = None) -> Any:  # noqa: ANN401
@@ -24,7 +25,8 @@ def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None 
         eta: noise of stochastic steps, for a class that takes it at construction; of others, every step is told by the pipeline.
 
     Raises:
-        ValueError: for an unknown class, a knob that it does not have, or a configuration that ours refuses.
+        ValueError: for an unknown class, one for another path or prediction type than the model's, a knob that it does not have,
+            or a configuration that ours refuses.
     """
     if choice == "keep":
         if knobs:
@@ -36,6 +38,8 @@ def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None 
         return current
     kind = RectifiedFlowScheduler if choice == "flowkit" else _stock(choice)
     known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    if eta is not None and "eta" in knobs:
+        raise ValueError(f"eta is given twice, by --eta {eta:g} and --knob eta={knobs['eta']}; drop one of them")
     if eta is not None and "eta" in known:
         knobs = {**knobs, "eta": eta}
     if choice == "flowkit":
@@ -47,8 +51,22 @@ def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None 
         raise ValueError(f"{choice} has no {unknown[0]!r}; choose from {', '.join(sorted(known))}")
     config = current if isinstance(current, Mapping) else {**current.config, "_class_name": type(current).__name__}
     if config.get("_class_name") == RectifiedFlowScheduler.__name__:
-        config = RectifiedFlowScheduler.from_config(config).stock_config()[1]
-    return kind.from_config({k: v for k, v in config.items() if k != "flowkit"}, **knobs)
+        config = stock_config(RectifiedFlowScheduler.from_config(config))[1]
+    made = kind.from_config({k: v for k, v in config.items() if k != "flowkit"}, **knobs)
+    model, other = _walks(current), _walks(made)
+    if model and other and model != other:
+        raise ValueError(f"the model predicts {model[1]} on the path {model[0]!r}, {choice} would take it for {other[1]} on "
+                         f"{other[0]!r}; choose a class for its path, or flowkit")  # fmt: skip
+    return made
+
+
+def _walks(scheduler: Any) -> tuple[str, str] | None:  # noqa: ANN401
+    """Path and prediction type of the model behind a scheduler or configuration; None where ours cannot say."""
+    try:
+        ours = RectifiedFlowScheduler.from_config(scheduler, solver="euler")
+    except ValueError:
+        return None
+    return ours.path.name, str(ours.config["prediction_type"])
 
 
 def _stock(name: str) -> Any:  # noqa: ANN401
