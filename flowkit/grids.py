@@ -300,7 +300,7 @@ def named(
         kind: how mu shifts, "exponential" or "linear", see `Grid.with_shift`.
 
     Raises:
-        ValueError: for an unknown name, a number out of range, a table that starts above a vp model's own noise, limits for a
+        ValueError: for an unknown name, a number out of range, a start above a vp model's own noise, limits for a
             grid that has none, a shift on another path than flow, or both shifts.
         ImportError: for "beta" without SciPy.
     """
@@ -321,12 +321,11 @@ def named(
             grid = Grid.beta(steps, low, high, path=path.name)
         case "ays-sd15" | "ays-sdxl" | "ays-svd":
             grid = Grid.ays(name.removeprefix("ays-"), steps).on(path.name)
-            if path.name == "vp" and grid.sigmas[0] > 1.01 * path.rhos[-1]:
-                raise ValueError(
-                    f"{name} starts at {grid.sigmas[0]:g}, the model knows {path.rhos[-1]:.4g}; name another grid"
-                )
         case _:
             grid = Grid.spaced(steps, path, "trailing" if name == "uniform" else name)
+    if path.name == "vp" and grid.sigmas[0] > 1.01 * path.rhos[-1]:
+        cure = "lower sigma_max" if name in BOUNDED else "name another grid"
+        raise ValueError(f"{name} starts at {grid.sigmas[0]:g}, the model knows {path.rhos[-1]:.4g}; {cure}")
     if mu is not None:
         return grid.with_shift(None if shift == 1 else shift, mu=mu, kind=kind)
     return grid if shift == 1 else grid.with_shift(shift)

@@ -575,6 +575,10 @@ def test_hidden_settings_of_another_path_are_refused() -> None:
         ({"sigma_min": 0.1}, "the grid 'uniform' has no sigma_min and sigma_max"),
         ({"path": "edm", "sigma_min": 5.0, "sigma_max": 1.0}, "need 0 < sigma_min < sigma_max, got 5.0 and 1.0"),
         ({"grid": "karras", "sigma_max": 80.0}, r"levels of a flow grid must lie in \[0, 1\]"),
+        (
+            {"path": "vp", "grid": "karras", "sigma_max": 800.0},
+            "karras starts at 800, the model knows 157.4; lower",
+        ),
         ({"path": "ve", "grid": "leading"}, "has no leading grid, its noise is unbounded"),
         ({"path": "vp", "beta_schedule": "even"}, "unknown beta_schedule 'even'"),
         ({"path": "vp", "trained_betas": [None, 0.1]}, "trained_betas=.None, 0.1.: not a list of numbers"),
