@@ -19,7 +19,6 @@ from .tiny_parts import DDIM, DPM, EULER, FLOW, HEUN, MATCH, MATCH_HEUN, SD, UNI
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
 Callback = Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]

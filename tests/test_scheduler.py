@@ -16,8 +16,6 @@ from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, predictions
 
 from .stock64 import stock64
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # stock classes are behind NumPy
-
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 VE_SAMPLES = (

@@ -25,7 +25,6 @@ from .stock64 import source, stock64
 
 Array = NDArray[np.float64]
 Options = dict[str, Any]
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # stock classes are behind NumPy
 diffusers.logging.set_verbosity_error()
 
 # What we say to the default configuration of every scheduler class: path and prediction type, or a word of the refusal.

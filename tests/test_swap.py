@@ -32,7 +32,6 @@ from .tiny_parts import DDIM, DPM, EULER, FLOW, HEUN, MATCH, MATCH_HEUN, SD, UNI
 # What Stable Diffusion says when it rewrites a configuration, and numpy of the stock classes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
 Config = dict[str, Any]
