@@ -212,9 +212,19 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._plan is None or self._plan.path.name != "edm":
             return sample
         at = self._step_index if self._step_index is not None else self._begin_index
-        if at is not None or timestep is None:
-            return sample * self._plan.path.input_scale(self._rows[at or 0].s)
-        return sample * self._plan.path.input_scale(self._plan.path.at_time(float(timestep)))
+        known = at is not None or timestep is None
+        s = self._rows[at or 0].s if known else self._level(float(torch.as_tensor(timestep, dtype=torch.float32)))
+        return sample * self._plan.path.input_scale(s)
+
+    def _level(self, time: float) -> float:
+        """Flow time of the call at a timestep of the run, or of any model time."""
+        grid = self.timesteps.tolist() if self._rows else []
+        if time not in grid:
+            return self._plan.path.at_time(time) if self._plan else self.path.at_time(time)
+        at = self._step_index if self._step_index is not None else self._begin_index
+        if at is not None and at < len(grid) and grid[at] == time:  # whole times may be there several times
+            return self._rows[at].s
+        return self._rows[self.index_for_timestep(time)].s
 
     def step(
         self,
@@ -315,17 +325,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             Noisy samples, shape and dtype of ``original_samples``.
         """
-        path, grid = self._plan.path if self._plan else self.path, self.timesteps.tolist() if self._rows else []
-        times = torch.as_tensor(timesteps, dtype=torch.float32).flatten().tolist()
-        at = self._step_index if self._step_index is not None else self._begin_index
-
-        def level(t: float) -> float:
-            if t not in grid:
-                return path.at_time(t)
-            here = at is not None and at < len(grid) and grid[at] == t  # whole times may be there several times
-            return self._rows[at if here and at is not None else self.index_for_timestep(t)].s
-
-        levels = [level(t) for t in times]
+        path = self._plan.path if self._plan else self.path
+        levels = [self._level(t) for t in torch.as_tensor(timesteps, dtype=torch.float32).flatten().tolist()]
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
 
         def column(values: list[float]) -> Tensor:
