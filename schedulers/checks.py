@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Final
 
 from flowkit.grids import BOUNDED
@@ -44,7 +45,7 @@ def check_kinds(values: Mapping[str, Any], optional: Mapping[str, Any], owner: s
             continue
         if key in _NUMBERS:
             low, high, whole = _NUMBERS[key]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not low <= value <= high or (whole and value != int(value)):
                 kind = "whole number" if whole else "number"
                 raise ValueError(f"{owner} with {key}={value!r:.60}: not a {kind} from {low:g} to {high:g}; correct it")

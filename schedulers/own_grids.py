@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ def count(steps: int | None, given: Sequence[float] | None) -> int:
     Raises:
         ValueError: where nothing says it.
     """
-    if steps is not None:
-        return steps
+    if steps is not None:  # whole numbers of NumPy too; what is none is refused by the grid
+        return operator.index(steps) if hasattr(steps, "__index__") and not isinstance(steps, bool) else steps
     if given is None or not len(given):
         raise ValueError(
             "nothing says how many steps to take; pass num_inference_steps, timesteps or sigmas, or set a grid"

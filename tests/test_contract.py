@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -611,6 +612,21 @@ def test_noise_for_the_step_that_a_run_begins_with() -> None:
             scheduler.set_begin_index(begin)
         t = stock.timesteps[begin : begin + 1]
         assert torch.allclose(ours.add_noise(x0, noise, t), stock.add_noise(x0, noise, t), atol=1e-6)
+
+
+def test_numbers_and_lists_of_numpy_and_torch_are_taken() -> None:
+    scheduler = RectifiedFlowScheduler(shift=np.float32(3))
+    for steps in (np.int64(4), torch.tensor(4)):
+        scheduler.set_timesteps(steps)
+        assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    for sigmas in (np.array([1.0, 0.75, 0.5, 0.25]), torch.tensor([1.0, 0.75, 0.5, 0.25])):
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    for betas in (np.linspace(1e-4, 0.02, 1000), torch.linspace(1e-4, 0.02, 1000)):
+        given, by_schedule = RectifiedFlowScheduler(path="vp", trained_betas=betas), RectifiedFlowScheduler(path="vp")
+        for vp in (given, by_schedule):
+            vp.set_timesteps(4)
+        assert torch.allclose(given.sigmas, by_schedule.sigmas, rtol=1e-4)
 
 
 def test_a_refused_call_leaves_the_run_before_it() -> None:
