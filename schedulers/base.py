@@ -93,7 +93,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _train_grid(self) -> None:
         """Exports the training times and their levels, as training scripts look them up before any `set_timesteps`."""
-        path, total = self.path, len(self)
+        path = self.path
+        total = len(path.rhos) or len(self)  # trained betas may be of another number
         shift = 1.0 if path.name != "flow" or self.config.get("use_dynamic_shifting") else self.config.get("shift", 1.0)
         if path.name in ("ve", "edm"):
             levels = list(Grid.karras(total, path=path.name).sigmas[:-1])

@@ -77,7 +77,7 @@ def test_every_compatible_class_gives_ours_back(options: dict[str, Any]) -> None
         assert {k: v for k, v in back.config.items() if k in scheduler.config} == dict(scheduler.config)
 
 
-def test_training_scripts_find_times_and_levels_before_any_run() -> None:
+def test_training_scripts_find_times_and_levels_before_any_run(tmp_path: Path) -> None:
     for stock in (
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
@@ -92,8 +92,11 @@ def test_training_scripts_find_times_and_levels_before_any_run() -> None:
     flow = RectifiedFlowScheduler()
     assert not hasattr(flow, "betas")
     assert (len(flow.timesteps), flow.sigmas[[0, -1]].tolist()) == (1000, [1.0, 0.0])
-    given = RectifiedFlowScheduler(path="vp", trained_betas=[0.1, 0.3], num_train_timesteps=2)
-    assert given.betas.tolist() == pytest.approx([0.1, 0.3])
+    for options in ({}, {"num_train_timesteps": 2}):  # diffusers' own tests leave it at 1000
+        given = RectifiedFlowScheduler(path="vp", trained_betas=np.array([0.1, 0.3]), **options)
+        assert given.betas.tolist() == pytest.approx([0.1, 0.3])
+        given.save_pretrained(tmp_path)
+        assert torch.equal(RectifiedFlowScheduler.from_pretrained(tmp_path).betas, given.betas)
 
 
 def test_whole_timesteps_and_any_model_time_are_taken() -> None:
