@@ -213,7 +213,7 @@ class _Draft:
             nodes = [s, *nodes]
             order = min(piece.order, len(nodes))
             if self.method.singlestep:
-                # A row of order 1 is a new start; a start that lies elsewhere makes its rows singlestep.
+                # A row of order 1 is a new start, from which the rows of higher order after it step.
                 order = 1 if t <= 0 or before is None else order
                 nodes = nodes[:order]
             base = nodes[-1] if self.method.singlestep else s
@@ -269,10 +269,12 @@ class _Draft:
         """Runge-Kutta rows."""
         rows: list[Row] = []
         tableau = self.method.tableau or ()
+        at_end = any(
+            math.isclose(sum(weight), 1.0) for weight in tableau[:-1]
+        )  # whether a stage lies where the step ends
         for i, s in enumerate(self.levels[:-1]):
             d, n = self.landing(i)
             gauge, time = self.gauge(s), self.times[i]
-            at_end = any(math.isclose(sum(weight), 1.0) for weight in tableau[:-1])
             if s == d or (d <= 0 and at_end):
                 a, increase, _ = increment(gauge, s, d)  # a stage at sigma 0 would be wasted: end with Euler
                 rows.append(self.row(gauge, _Piece(i, s, d, n, time, 1), a, [increase]))

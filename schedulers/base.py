@@ -8,13 +8,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from flowkit import rng, table
+from flowkit import rng, spacing, table
 from flowkit.grids import Grid
 from flowkit.paths import Path
 from flowkit.schedulers import clipping, variances
@@ -103,7 +104,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             times = [float(i) for i in range(total)] if path.name == "vp" else [top * (i + 1) for i in range(total)]
             levels = [path.level(path.at_time(t)) for t in reversed(times)]
         if shift != 1:
-            levels = [shift * v / (1 + (shift - 1) * v) for v in levels]
+            levels = spacing.shift(np.array(levels), shift).tolist()
         self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
         self.timesteps = torch.tensor([path.time(path.at_level(v)) for v in levels], dtype=torch.float32)
 

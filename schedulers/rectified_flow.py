@@ -359,7 +359,7 @@ class RectifiedFlowScheduler(TableScheduler):
         """Exported levels (N + 1), model times (N), and where the steps end (N) if not at the next level."""
         config, given = self.config, sigmas if sigmas is not None else timesteps
         if self._grid is not None:
-            asked = steps if steps is not None else len(given) if given is not None else len(self._grid)
+            asked = len(self._grid) if steps is None and given is None else own_grids.count(steps, given)
             if asked != len(self._grid):
                 raise ValueError(
                     f"{asked} steps asked for, but the grid has {len(self._grid)}; "

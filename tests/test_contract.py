@@ -632,6 +632,15 @@ def test_numbers_and_lists_of_numpy_and_torch_are_taken() -> None:
         assert torch.allclose(given.sigmas, by_schedule.sigmas, rtol=1e-4)
 
 
+def test_an_exact_grid_counts_the_steps_of_a_list_with_its_terminal_too() -> None:
+    scheduler = RectifiedFlowScheduler(grid=Grid((1.0, 0.6, 0.0)))
+    for sigmas in ([1.0, 0.5], [1.0, 0.5, 0.0]):
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.0])
+    with pytest.raises(ValueError, match="3 steps asked for, but the grid has 2"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25, 0.0])
+
+
 def test_a_refused_call_leaves_the_run_before_it() -> None:
     scheduler = RectifiedFlowScheduler()
     scheduler.set_timesteps(4)
