@@ -17,7 +17,15 @@ LINKED = ("schedulers", "pipelines", "distill", "eval")
 TREES = ("flowkit", *LINKED)
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 # A module may import from its own layer and from those before it; everything not named here is the core, layer 0.
-LAYERS = ("flowkit.schedulers", "flowkit.pipelines", "flowkit.eval", "flowkit.distill", "flowkit.cli")
+LAYERS = (
+    "flowkit.schedulers",
+    "flowkit.pipelines",
+    "flowkit.hooks",
+    "flowkit.guidance",
+    "flowkit.eval",
+    "flowkit.distill",
+    "flowkit.cli",
+)
 
 
 def _walk(tree: str) -> Iterator[tuple[Path, list[str]]]:

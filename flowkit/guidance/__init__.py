@@ -1,0 +1,1 @@
+"""Guidance methods for `flowkit.attach`, one a file."""
