@@ -131,7 +131,7 @@ def from_space(change: Tensor, space: str, state: State) -> Tensor:
 
 
 def reported(state: State, **values: Tensor | float) -> dict[str, Any]:
-    """Returns a state with figures of this step for `Attachment.report`, such as ``cosine`` or ``scale``, each (B,) or one number."""
+    """Returns a state with figures of this step for `Attachment.report`, ``cosine`` or ``scale``, each (B,) or one number."""
     return {**state, "report": values}
 
 
