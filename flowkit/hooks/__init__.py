@@ -1,7 +1,7 @@
 """Extending a pipeline from outside, at two points: the network's call and ``scheduler.step``."""
 
-from flowkit.hooks.attach import Attachment as Attachment
-from flowkit.hooks.attach import attach as attach
+from flowkit.hooks.attachment import Attachment as Attachment
+from flowkit.hooks.attachment import attach as attach
 from flowkit.hooks.parts import Evaluation as Evaluation
 from flowkit.hooks.parts import Guidance as Guidance
 from flowkit.hooks.parts import Level as Level

@@ -57,8 +57,11 @@ class Trajectory:
                 time in an unknown form, or a repeated call does not return what was recorded.
         """
         name = self.identity.get("pipeline", "the pipeline")
-        if not self._calls or self._x is None or self._expected is None:
+        if not self._calls or self._expected is None:
             raise ValueError("nothing was recorded yet; call the pipeline while the recorder is attached")
+        if self._x is None:
+            raise ValueError(f"{name} gives its network something else than the sample (frames or images in its place, or packed "
+                             "otherwise), so it cannot be called at other samples")  # fmt: skip
         if self.changed:
             raise ValueError(f"{name} changes {', '.join(sorted(self.changed))} from step to step, so its network cannot be "
                              "called at other samples and times")  # fmt: skip
@@ -115,7 +118,7 @@ class Recorder(Part):
             return
         rows = step.size
         if not now.sigmas:
-            self._remember(run, now)
+            self._remember(run, now, sample)
         elif len(now.sigmas) == 1:
             now.changed = changes(now._calls["cond"], step.calls["cond"])
             now._calls.setdefault("uncond", step.calls.get("uncond", now._calls["cond"]))
@@ -136,13 +139,19 @@ class Recorder(Part):
         if "state" in self.keep and run.step is not None:
             now.states.append(self._kept(sample[: run.step.size]))
 
-    def _remember(self, run: Any, now: Trajectory) -> None:  # noqa: ANN401
+    def _remember(self, run: Any, now: Trajectory, sample: Tensor) -> None:  # noqa: ANN401
         """What it takes to call the network again."""
         step = run.step
         now.identity = {"pipeline": type(run.pipe).__name__, "network": type(step.network).__name__, "levels": []}
         now._network, now._calls, now._level = step.network, dict(step.calls), step.evaluation.level
         now._sign, now._total = run.sign, run.clock.total
-        now._x, now._expected = step.evaluation.x.detach().clone(), step.cond
+        now._expected, x = step.cond, aligned(step.evaluation.x.detach(), sample[: step.size])
+        # A network that is not given the sample itself, up to a factor, is not a function of it alone: frames are put in its place.
+        if x is not None:
+            wide, seen = sample[: step.size].double(), x.double()
+            part = float((wide * seen).sum()) / max(float(wide.square().sum()), 1e-300)
+            if float((seen - part * wide).norm()) <= 0.02 * float(seen.norm()):
+                now._x = x.clone()
 
     def _kept(self, x: Tensor) -> Tensor:
         """A copy that no later step of the pipeline writes into."""
@@ -228,4 +237,5 @@ class DenoiserCall:
         if not isinstance(old, Tensor):
             return type(old)(told)
         # Frames or tokens that are given have time 0, and keep it.
-        return torch.where(old != 0, told.to(old.device), old.to(told.dtype)).to(old.dtype)
+        size = old.abs()
+        return torch.where(size == size.max(), told.to(old.device), old.to(told.dtype)).to(old.dtype)
