@@ -192,15 +192,17 @@ def test_the_update_is_orthogonal_to_x0_and_bounded() -> None:
     assert update.norm(dim=1).max() < r
 
 
-def test_momentum_is_a_running_sum() -> None:
-    method = ProjectedGuidance(2.0, eta=1, momentum=-0.5)
+def test_momentum_is_a_running_sum_of_what_is_not_yet_rescaled() -> None:
+    method = ProjectedGuidance(2.0, eta=1, momentum=-0.5, norm_threshold=3.0)
     state: dict[str, Any] = {}
     total = torch.zeros_like(C)
     for step in range(3):
         c, u = normal(3, 2, 4, 4, seed=10 + step), normal(3, 2, 4, 4, seed=20 + step)
         total = (c - u) - 0.5 * total
+        norm = total.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        assert norm.min() > 3
         result, state = method.combine(c, u, step, 0.5, state)
-        assert torch.allclose(result, c + total, atol=1e-12)
+        assert torch.allclose(result, c + 3.0 * total / norm, atol=1e-12)
 
 
 def test_a_scale_of_one_needs_no_second_pass() -> None:
