@@ -85,11 +85,9 @@ def steps(method: AdaptiveGuidance, gammas: list[list[float]]) -> tuple[list[Any
     plans, shown = [], []
     for step, row in enumerate(gammas):
         plan = method.plan(step, 0.5, state)
-        gamma = torch.tensor(row, dtype=torch.float64)
+        gamma = torch.tensor(row)
         c = torch.stack([torch.ones_like(gamma), torch.zeros_like(gamma)], 1)
         u = torch.stack([gamma, (1 - gamma**2).clamp_min(0).sqrt()], 1)
-        if isinstance(plan, Tensor):
-            u = torch.where(plan[:, None], u, c)  # as the hook does
         (c2, u2), state = method.combine(c, None if plan == "cond" else u, step, 0.5, state)
         assert c2 is c
         assert u2 is (c if plan == "cond" else u)
@@ -108,7 +106,7 @@ def test_each_sample_is_cut_for_good_one_evaluation_after_its_threshold() -> Non
 
 
 def test_a_batch_is_cut_when_its_least_cosine_reaches_the_threshold() -> None:
-    rows = [[0.95, 0.2], [0.1, 0.95], [0.9, 0.91], [0.1, 0.1]]
+    rows = [[0.95, 0.2], [0.1, 0.95], [0.92, 0.91], [0.1, 0.1]]
     assert steps(AdaptiveGuidance(0.9, per_sample=False), rows)[0] == ["both", "both", "both", "cond"]
 
 
@@ -190,6 +188,8 @@ def test_the_update_is_orthogonal_to_x0_and_bounded() -> None:
     expected = d - (d * c).sum(1, keepdim=True) / c.square().sum(1, keepdim=True) * c
     assert torch.allclose(update, expected, atol=1e-12)
     assert update.norm(dim=1).max() < r
+    far, _ = ProjectedGuidance(w, norm_threshold=1e3).combine(C, U, 0, 0.6, state)
+    assert torch.equal(far, ProjectedGuidance(w).combine(C, U, 0, 0.6, state)[0])
 
 
 def test_momentum_is_a_running_sum_of_what_is_not_yet_rescaled() -> None:
@@ -238,7 +238,7 @@ def test_the_first_velocities_are_zero_and_need_no_second_pass(prediction: str) 
 
 
 @pytest.mark.parametrize(("zero_init", "total", "zeroed"), [(0.04, 28, 1), (0.04, 40, 1), (0.04, 50, 2), (0.04, 8, 1),
-                                                            (0.07, 100, 7), (3, 8, 3), (0, 8, 0)])  # fmt: skip
+                                                            (0.29, 100, 29), (3, 8, 3), (0, 8, 0)])  # fmt: skip
 def test_how_many_are_zeroed(zero_init: float, total: int, zeroed: int) -> None:
     method = ZeroStarGuidance(4.0, zero_init)
     plans = [method.plan(step, 0.9, at(X, step=step, steps=total)) for step in range(total)]

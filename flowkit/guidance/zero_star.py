@@ -90,5 +90,5 @@ class ZeroStarGuidance(Guidance):
         if evaluation is None:
             raise ValueError(f"zero_init={self.zero_init:g} is a fraction of the run's evaluations, an unknown number; give "
                              "a number of them, such as zero_init=1")  # fmt: skip
-        # The small number undoes the rounding of the product, as in 0.07 * 100.
+        # The small number undoes the rounding of the product, as in 0.29 * 100.
         return step < max(1, math.floor(self.zero_init * evaluation.steps + 1e-9))
