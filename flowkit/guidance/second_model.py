@@ -131,22 +131,13 @@ def activated(network: Any, adapter: str) -> Iterator[None]:  # noqa: ANN401
     if any(layer.merged for layer in layers):
         raise ValueError(f"adapters are fused into the weights, and the adapter {adapter!r} has no effect then; call "
                          "pipe.unfuse_lora() first")  # fmt: skip
-    before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
-    # Of all parameters: switching adapters turns gradients on and off.
-    gradients = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    # What set_adapter and enable_adapters set, without their walk over all parameters: they also turn gradients on and off, which
+    # would have to be undone and takes longer than a fast network's pass.
     try:
         for layer, names in zip(layers, active, strict=True):
-            layer.enable_adapters(True)
-            layer.set_adapter([*names, adapter])
-        _restore(gradients)
+            layer._active_adapter, layer._disable_adapters = [*names, adapter], False
         yield
     finally:
-        for layer, (names, disabled) in zip(layers, before, strict=True):
-            layer.set_adapter(names)
-            layer.enable_adapters(not disabled)
-        _restore(gradients)
-
-
-def _restore(gradients: list[tuple[Tensor, bool]]) -> None:
-    for parameter, required in gradients:
-        parameter.requires_grad_(required)
+        for layer, state in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = state
