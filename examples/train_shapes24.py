@@ -9,7 +9,7 @@ folder is a diffusers pipeline of a class-conditional rectified flow (model time
     classifier.safetensors             the classifier, whose features the Frechet distances are taken in
     reference-classifier.safetensors   statistics of `REFERENCE_COUNT` held-out pictures in these features
     reference-pixels.safetensors       the same in the pixels, averaged over an 8x8 grid
-    figures.json, samples.png          accuracy and distances by guidance scale; samples, a column for each colour
+    figures.json, samples.png          accuracy and distances by guidance scale; samples, a column for each class
 
 About half an hour on one core. It may be killed at any moment: called again it goes on, and ends with the same bits.
 """
@@ -55,7 +55,7 @@ from flowkit.eval import (
 )
 from flowkit.eval.classifier import Classifier
 
-SIZE, FORMS, CLASSES = 16, 4, 24
+SIZE, CLASSES = 16, 24
 # Red, yellow, green, cyan, blue, magenta.
 COLOURS = np.array(
     [[1.0, 0.2, 0.2], [1.0, 0.85, 0.2], [0.2, 0.85, 0.3], [0.2, 0.85, 0.95], [0.25, 0.4, 1.0], [0.9, 0.3, 0.9]],
@@ -292,7 +292,9 @@ def claim(out: Path, steps: int) -> None:
             raise ValueError(f"{out} holds a run with {stored}, this one has {settings}; choose another --output")
         return
     # A run that was killed while it wrote its settings leaves a hidden temporary file.
-    if out.exists() and any(not entry.name.startswith(f".{SETTINGS}.") for entry in out.iterdir()):
+    if out.exists() and (
+        not out.is_dir() or any(not entry.name.startswith(f".{SETTINGS}.") for entry in out.iterdir())
+    ):
         raise ValueError(f"{out} is not the folder of a training; choose another --output")
     weights.write_bytes(file, (json.dumps(settings, indent=1) + "\n").encode())
 
