@@ -11,6 +11,11 @@ folder is a diffusers pipeline of a class-conditional rectified flow (model time
     reference-pixels.safetensors       the same in the pixels, averaged over an 8x8 grid
     figures.json, samples.png          accuracy and distances by guidance scale; samples, a column for each class
 
+Whoever measures the model elsewhere imports `references`, `extractors` and `label_accuracy` from here:
+
+    pipe = ClassConditionalPipeline.from_pretrained(folder, scheduler=RectifiedFlowScheduler())
+    evaluate(pipe, references(folder), 480, extractor=extractors(folder), inputs=list(range(24)), keep=480)
+
 About half an hour on one core. It may be killed at any moment: called again it goes on, and ends with the same bits.
 """
 
@@ -102,8 +107,8 @@ def draw(count: int, generator: np.random.Generator) -> tuple[Array, Array]:
     disc = np.sqrt(x * x + y * y) - 0.9 * radius
     square = np.maximum(abs(x), abs(y)) - 0.8 * radius
     triangle = np.maximum(y, np.float32(0.75**0.5) * abs(x) - y / 2) - 0.6 * radius
-    bar = np.float32(0.35) * radius
-    cross = np.minimum(np.maximum(abs(x) - radius, abs(y) - bar), np.maximum(abs(x) - bar, abs(y) - radius))
+    arm = np.float32(0.35) * radius
+    cross = np.minimum(np.maximum(abs(x) - radius, abs(y) - arm), np.maximum(abs(x) - arm, abs(y) - radius))
     distance = np.choose((labels // len(COLOURS))[:, None, None], [disc, square, triangle, cross])
     coverage = np.clip(0.5 - distance, 0, 1)[:, None]
     colour = COLOURS[labels % len(COLOURS)][..., None, None] * brightness[:, None]
@@ -282,10 +287,8 @@ def claim(out: Path, steps: int) -> None:
     Raises:
         ValueError: where it holds a run with other settings, or something else.
     """
-    settings, file = (
-        {"steps": steps, "classifier steps": CLASSIFIER_STEPS, "batch": BATCH, "seed": SEED},
-        out / SETTINGS,
-    )
+    settings = {"steps": steps, "classifier steps": CLASSIFIER_STEPS, "batch": BATCH, "seed": SEED}
+    file = out / SETTINGS
     if file.exists():
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored != settings:
