@@ -70,7 +70,7 @@ COLOURS = np.array(
 TRAIN, REFERENCE, HELD_OUT = range(3)
 TRAIN_COUNT, REFERENCE_COUNT, HELD_OUT_COUNT = 48_000, 12_000, 4_800
 CLASSIFIER = {"channels": 3, "size": SIZE, "width": 24, "dim": 64, "classes": CLASSES}
-STEPS, CLASSIFIER_STEPS, SEED = 6000, 4000, 0
+STEPS, CLASSIFIER_STEPS, SEED = 5000, 4000, 0
 # Twenty rounds of the classes: each of the chunks that give the standard error holds one round.
 SAMPLES, SAMPLE_STEPS, SCALES, SHOWN = 20 * CLASSES, 16, (1.0, 1.5, 2.0, 3.0), 1.5
 DISTANCES = ("fid", "fid/pixels")
