@@ -1,4 +1,4 @@
-"""Trains a flow model of 24 classes that are hard to keep apart, the data set on which guidance can help, and measures it.
+"""Trains a flow model of 24 classes, harder to keep apart than the embedded ones, and measures it with and without guidance.
 
     python examples/train_shapes24.py                                  # to runs/shapes24
     python examples/train_shapes24.py --output elsewhere --steps 8000
