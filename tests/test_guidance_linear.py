@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,7 +254,7 @@ def in_run(steps: int) -> dict[str, Any]:
     return {"evaluation": Evaluation(torch.zeros(1, 1, 4, 4), None, 0, steps, {})}
 
 
-IDENTITY = {"pipeline": "P", "network": "MixtureDenoiser", "levels": [1.0, 0.8, 0.6, 0.4, 0.2, 0.1]}
+IDENTITY: dict[str, Any] = {"pipeline": "P", "network": "MixtureDenoiser", "levels": [1.0, 0.8, 0.6, 0.4, 0.2, 0.1]}
 
 
 def fitted(**options: Any) -> LinearAdaptiveGuidance:
@@ -278,8 +279,8 @@ def test_files_bring_everything_back(intercept: str | None, tmp_path: Path) -> N
     state: dict[str, Any] = {}
     other: dict[str, Any] = {}
     for step, (c, u) in enumerate(zip(*run, strict=True)):
-        (_, a), state = guidance.combine(c, u, step, IDENTITY["levels"][step], state)  # type: ignore[index]
-        (_, b), other = back.combine(c, u, step, IDENTITY["levels"][step], other)  # type: ignore[index]
+        (_, a), state = guidance.combine(c, u, step, IDENTITY["levels"][step], state)
+        (_, b), other = back.combine(c, u, step, IDENTITY["levels"][step], other)
         assert torch.equal(a, b)
     back.save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -330,14 +331,9 @@ def test_runs_of_another_kind_are_refused() -> None:
         guidance.combine(c, c, 1, 0.9, in_run(6))
     assert guidance.plan(1, 0.8 + 1e-7, in_run(6)) == "cond"  # float32
     assert guidance.plan(1, float("nan"), in_run(6)) == "cond"  # a scheduler that does not tell
-
-    class Run:
-        networks = (torch.nn.Linear(1, 1),)
-
     with pytest.raises(ValueError, match="fitted to MixtureDenoiser, the pipeline runs Linear; calibrate it again"):
-        guidance.begin(Run())
-    Run.networks = (mixture(),)  # type: ignore[assignment]
-    guidance.begin(Run())
+        guidance.begin(SimpleNamespace(networks=[torch.nn.Linear(1, 1)]))
+    guidance.begin(SimpleNamespace(networks=[torch.nn.ReLU(), mixture()]))
 
 
 def test_missing_outputs_are_named() -> None:
@@ -374,7 +370,7 @@ def test_intercepts_are_checked() -> None:
 def test_fits_are_checked() -> None:
     run = guided(mixture(), torch.arange(6), 6)
     other = guided(mixture(), torch.arange(6), 5)
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"saving": 0.5}, r"saving must lie in \(0, 0\.5\), got 0\.5"),
         ({"saving": 0.4, "steps": [1]}, "give one of them"),
         ({"saving": 0.01}, "none of 6 evaluations is estimated"),
@@ -384,9 +380,10 @@ def test_fits_are_checked() -> None:
         ({"ridge": -1.0}, "ridge must not be negative"),
         ({"history": -1}, "history must not be negative"),
         ({"intercept": "pixel"}, "unknown intercept 'pixel'"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
-            LinearAdaptiveGuidance.fit([run], **options)  # type: ignore[arg-type]
+            LinearAdaptiveGuidance.fit([run], **options)
     with pytest.raises(ValueError, match="there are no runs to fit"):
         LinearAdaptiveGuidance.fit([])
     with pytest.raises(ValueError, match=r"5 evaluations of shape .* 6 of shape"):

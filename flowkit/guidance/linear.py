@@ -18,7 +18,10 @@ from flowkit import weights
 from flowkit.guidance import identity as identities
 from flowkit.guidance.least_squares import Moments, default_pattern, greedy_pattern
 from flowkit.guidance.least_squares import fit as least_squares
+from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Guidance, State
+from flowkit.pipelines.sampling import Inputs
+from flowkit.progress import bar
 
 _FORMAT = "flowkit.linear/1"
 _CURE = "calibrate it again with these settings"
@@ -192,6 +195,60 @@ class LinearAdaptiveGuidance(Guidance):
         moments, identity = Moments(intercept), None
         for run in runs:
             identity = _add(moments, run, identity)
+        return cls._of(moments, identity, steps, saving, ridge, history)
+
+    @classmethod
+    def calibrate(
+        cls,
+        pipe: Any,  # noqa: ANN401
+        inputs: Inputs = None,
+        *,
+        saving: float | None = 0.4,
+        steps: Iterable[int] | None = None,
+        call: Mapping[str, Any] | None = None,
+        samples: int = 100,
+        intercept: str | None = None,
+        ridge: float = 1e-6,
+        history: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> LinearAdaptiveGuidance:
+        """Runs a pipeline with full guidance and fits the coefficients to it, a batch at a time.
+
+        Args:
+            pipe: a diffusers pipeline, with the scheduler that it will be used with.
+            inputs: arguments of each sample, cycled when there are fewer, see `flowkit.pipelines.sampling.as_inputs`: prompts or
+                labels of the kind that it will be used with.
+            saving: part of the network rows of full guidance to save, see `fit`; None means the pattern of ``steps=None`` there.
+            steps: evaluations to estimate, in place of ``saving``.
+            call: arguments shared by all samples: number of steps, guidance scale.
+            samples: number of samples, >= 1; there are few coefficients, so few are needed.
+            intercept: see `fit`.
+            ridge: see `fit`.
+            history: see `fit`.
+            seed: of the noise.
+            batch_size: samples at a time; memory holds 2 N outputs of each.
+            progress: show a bar with the time left.
+
+        Returns:
+            The guidance, for runs of this pipeline with this many evaluations at these noise levels.
+
+        Raises:
+            TypeError: for arguments that the pipeline does not take.
+            ValueError: for numbers out of range, and a pipeline that cannot be attached to or has no guidance in this call.
+        """
+        saving = saving if steps is None else None
+        _check_numbers(steps, saving, ridge, history)
+        moments, identity = Moments(intercept), None
+        runs = recorded(
+            pipe, keep=("cond", "uncond"), samples=samples, inputs=inputs, call=call, seed=seed, batch_size=batch_size
+        )
+        with bar(progress) as display:
+            task = display.add_task("full guidance", total=samples)
+            for run, _ in runs:
+                identity = _add(moments, run, identity)
+                display.update(task, completed=moments.samples)
         return cls._of(moments, identity, steps, saving, ridge, history)
 
     @classmethod
