@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowkit import MixtureDenoiser, RectifiedFlowScheduler, weights
+from flowkit import ClassConditionalPipeline, MixtureDenoiser, Recorder, RectifiedFlowScheduler, attach, weights
 from flowkit.guidance import least_squares
 from flowkit.guidance.least_squares import Moments, default_pattern, even_pattern, greedy_pattern
 from flowkit.guidance.linear import LinearAdaptiveGuidance
+from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Evaluation
+
+from .families import stock_of
+from .tiny import PIPELINES, build
 
 Run = tuple[list[Tensor], list[Tensor]]
 
@@ -398,3 +402,103 @@ def test_fits_are_checked() -> None:
     broken[2][3] = torch.nan
     with pytest.raises(ValueError, match="sample 3 holds NaN"):
         LinearAdaptiveGuidance.fit([(broken, run[1])])
+
+
+# ------------------------------------------------------------------------------------------------------ in pipelines
+
+
+def pipeline() -> ClassConditionalPipeline:
+    pipe = ClassConditionalPipeline(mixture(), RectifiedFlowScheduler(solver="euler"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sampled(pipe: ClassConditionalPipeline, *parts: Any, **call: Any) -> tuple[Tensor, float]:
+    """The samples of a class, and the part of the network rows that were not run."""
+    with attach(pipe, *parts, Recorder("state")) as run:
+        generator = torch.Generator().manual_seed(1)
+        sample = pipe([5] * 8, generator=generator, output_type="latent", **{"num_inference_steps": 10, **call}).images
+    return sample, run.saved
+
+
+def test_a_calibrated_pipeline_saves_what_was_asked_for() -> None:
+    pipe, labels = pipeline(), list(range(5))  # class 5 is not among them
+    full, none = sampled(pipe, guidance_scale=3.0)[0], sampled(pipe)[0]
+    apart, call = (none - full).square().mean(), {"guidance_scale": 3.0, "num_inference_steps": 10}
+    missed = []
+    for saving in (0.2, 0.3, 0.4):
+        guidance = LinearAdaptiveGuidance.calibrate(
+            pipe, labels, saving=saving, call=call, samples=20, progress=False, seed=3
+        )
+        sample, saved = sampled(pipe, guidance, guidance_scale=3.0)
+        assert saved == guidance.saving == pytest.approx(saving)
+        missed.append(float((sample - full).square().mean() / apart))
+    assert missed == sorted(missed)
+    assert missed[-1] < 0.05
+    assert guidance.identity is not None
+    assert guidance.identity["network"] == "MixtureDenoiser"
+    assert len(guidance.identity["levels"]) == 10
+    assert guidance.about["samples"] == 20
+    # An estimate is used, and not the conditional output: that would be no guidance on those evaluations.
+    zero = torch.zeros_like(guidance.coefficients)
+    for row, k in enumerate(guidance.steps):
+        zero[row, 0, k] = 1.0
+    plain, saved = sampled(pipe, LinearAdaptiveGuidance(zero, guidance.steps), guidance_scale=3.0)
+    assert saved == guidance.saving
+    assert float((plain - full).square().mean() / apart) > 4 * missed[-1]
+
+
+def test_calibration_is_a_fit_to_what_was_recorded() -> None:
+    pipe, call = pipeline(), {"guidance_scale": 3.0, "num_inference_steps": 6}
+    options: dict[str, Any] = {"samples": 5, "call": call, "seed": 7}
+    one = LinearAdaptiveGuidance.calibrate(pipe, [0, 1, 2], progress=False, batch_size=2, **options)
+    runs = [run for run, _ in recorded(pipe, keep=("cond", "uncond"), inputs=[0, 1, 2], batch_size=2, **options)]
+    assert [len(run.cond[0]) for run in runs if run.cond[0] is not None] == [2, 2, 1]
+    two = LinearAdaptiveGuidance.fit(runs, saving=0.4)
+    assert torch.equal(one.coefficients, two.coefficients)
+    assert (one.steps, one.about) == (two.steps, two.about)
+    assert one.identity == two.identity
+    other = LinearAdaptiveGuidance.calibrate(pipe, [0, 1, 2], progress=False, batch_size=2, **{**options, "seed": 8})
+    assert not torch.equal(one.coefficients, other.coefficients)
+    runs[1].identity = {**runs[1].identity, "levels": [0.5] * 6}
+    with pytest.raises(ValueError, match="cannot be fitted together"):
+        LinearAdaptiveGuidance.fit(runs)
+
+
+def test_a_pipeline_of_another_kind_is_refused_when_it_runs() -> None:
+    pipe, call = pipeline(), {"guidance_scale": 3.0, "num_inference_steps": 6}
+    guidance = LinearAdaptiveGuidance.calibrate(pipe, [0, 1], samples=2, call=call, progress=False)
+    with pytest.raises(ValueError, match="is for runs of 6 evaluations, this one has 10; calibrate it again"):
+        sampled(pipe, guidance, guidance_scale=3.0)
+    levels = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]
+    with pytest.raises(ValueError, match=r"fitted at level 0\.8\d* of evaluation 1, this run has 0\.9"):
+        sampled(pipe, guidance, guidance_scale=3.0, sigmas=levels, num_inference_steps=None)
+    guidance.identity = {**guidance.identity, "network": "SD3Transformer2DModel"} if guidance.identity else None
+    with pytest.raises(ValueError, match="fitted to SD3Transformer2DModel, the pipeline runs MixtureDenoiser"):
+        sampled(pipe, guidance, guidance_scale=3.0, num_inference_steps=6)
+    with pytest.raises(ValueError, match="needs classifier-free guidance"):  # nor is there anything to calibrate to
+        sampled(pipe, LinearAdaptiveGuidance(torch.eye(10)[None, :2].repeat(1, 1, 1) * 0, [1]))
+
+
+def test_a_pipeline_without_guidance_cannot_be_calibrated_to() -> None:
+    with pytest.raises(ValueError, match="none at evaluations"):
+        LinearAdaptiveGuidance.calibrate(pipeline(), [0, 1], samples=2, progress=False, call={"num_inference_steps": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_families_of_pipelines_are_calibrated(family: str) -> None:
+    pipe = build(family, RectifiedFlowScheduler.from_config(stock_of(family), solver="euler"))
+    guided = {"true_cfg_scale": 4.0} if family == "flux" else {"guidance_scale": 4.0}
+    call = {**next(f for f in PIPELINES.values() if type(pipe) is f.pipeline).call, **guided, "num_inference_steps": 6}
+    batch = {"generator": torch.Generator().manual_seed(0)}
+    recorder = Recorder("cond", "uncond", "state")
+    with attach(pipe, recorder):
+        pipe(**call, **batch)
+    guidance = LinearAdaptiveGuidance.fit(recorder.trajectories, saving=0.4)
+    again = Recorder("state")
+    with attach(pipe, guidance, again) as run:
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+    assert run.saved == pytest.approx(guidance.saving)
+    full, sample = recorder.trajectories[0].states[-1], again.trajectories[0].states[-1]
+    assert (sample - full).square().mean() < 0.05 * full.square().mean()

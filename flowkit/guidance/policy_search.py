@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from flowkit.schedulers.base import TableScheduler
 Option = str | float  # "cond", "uncond", or a guidance scale
 
 _LEARNING_RATE = 0.1
+_COLDEST = 0.05  # temperature of the last update
+ROUNDS = 6  # descents of a search for a number of rows
 _REPEATS = (
     1e-3  # of the squared distance between no and full guidance: rounding in half precision, far from other noise
 )
@@ -48,13 +51,20 @@ class FixedScale(Guidance):
 
 
 class Snapshot(Part):
-    """Keeps a copy of the pipeline's scheduler as it is before the first step of a run."""
+    """Keeps a copy of the pipeline's scheduler as it is before the first step of a run.
+
+    Attributes:
+        scheduler: the copy, without what is attached to the original.
+        edm: whether it scales the network's input on the EDM path, as a repeated call does too.
+    """
 
     scheduler: Any = None
+    edm: bool = False
 
     def begin(self, run: Any) -> None:  # noqa: ANN401
-        """Copies the scheduler, without what is attached to it."""
+        """Copies the scheduler."""
         self.scheduler = _copied(run.pipe.scheduler)
+        self.edm = run.clock.path is not None and run.clock.path.name == "edm"
 
 
 @dataclass
@@ -68,6 +78,7 @@ class Rollout:
         start: the sample before the first, (B, ...).
         target: the sample after the last, with full guidance, (B, ...).
         scaled: whether ``call`` scales the network's input itself.
+        base: mean squared distance of ``target`` from the last sample without guidance.
     """
 
     call: DenoiserCall
@@ -79,12 +90,12 @@ class Rollout:
     base: float = 0.0
 
     @classmethod
-    def of(cls, run: Trajectory, scheduler: Any, scale: float) -> Rollout:  # noqa: ANN401
+    def of(cls, run: Trajectory, snapshot: Snapshot, scale: float) -> Rollout:
         """Prepares a run with full guidance, recorded with "state".
 
         Args:
             run: the run.
-            scheduler: a copy made at its start.
+            snapshot: of its start.
             scale: guidance scale of the run.
 
         Raises:
@@ -93,25 +104,19 @@ class Rollout:
         call, name = run.denoiser(), run.identity["pipeline"]
         device = next(call.network.parameters()).device
         count = len(run.timesteps)
-        path = None if run._level is None else run._level.path.name
-        made = cls(
-            call,
-            scheduler,
-            list(scheduler.timesteps)[-count:],
-            run.states[0].to(device),
-            run.states[-1].to(device),
-            path == "edm",
+        times, (start, target) = (
+            list(snapshot.scheduler.timesteps)[-count:],
+            (run.states[i].to(device) for i in (0, -1)),
         )
-        if not scale > 0 or "uncond" not in call.roles:
-            raise ValueError(f"{name} was recorded without guidance; pass a guidance_scale above 1 in call")
+        made = cls(call, snapshot.scheduler, times, start, target, snapshot.edm)
         with torch.no_grad():
             again, plain = made([scale] * count), made(["cond"] * count)
-        made.base = float((plain - made.target).float().square().mean())
+        made.base = float(_distance(plain, made.target))
         if not made.base > 0:
             raise ValueError(
                 f"guidance at scale {scale} changes nothing in {name}; use guidance_scale=1, which needs no policy"
             )
-        if not float((again - made.target).float().square().mean()) <= _REPEATS * made.base:
+        if not float(_distance(again, made.target)) <= _REPEATS * made.base:
             raise ValueError(
                 f"{name} does not end where it did when its network and scheduler are run again, so gradients would be "
                 "of another run; use a deterministic solver, without masks, callbacks or a rescaled guidance"
@@ -139,7 +144,7 @@ class Rollout:
 
     def distance(self, weights: Sequence[Option | Tensor]) -> Tensor:
         """Returns the mean squared distance from full guidance at the end, as a part of that without guidance."""
-        return (self(weights) - self.target).float().square().mean() / self.base
+        return _distance(self(weights), self.target) / self.base
 
     def _output(self, x: Tensor, t: float, weight: Option | Tensor) -> Tensor:
         if isinstance(weight, str):
@@ -157,11 +162,13 @@ def descend(
 ) -> list[Option]:
     """Finds a policy by gradient descent on the weights of a mixture.
 
-    At evaluation t the prediction is ``sum_k softmax(a_t)_k F_k`` of the options' predictions F_k, and Adam minimises over a
+    At evaluation t the prediction is ``sum_k softmax(a_t / T)_k F_k`` of the options' predictions F_k, and Adam minimises over a
 
         distance of the last samples + penalty * expected rows / rows of full guidance,
 
-    one batch an iteration. Since every F_k is ``u + w_k (c - u)``, the mixture is guidance with the mean of the w_k.
+    one batch an iteration. Since every F_k is ``u + w_k (c - u)``, the mixture is guidance with the mean of the w_k. The
+    temperature T falls from 1, so that in the end one option acts: otherwise the mixture imitates full guidance, and its likeliest
+    options do not.
 
     Args:
         rollouts: recorded batches with full guidance.
@@ -180,7 +187,7 @@ def descend(
     optimiser = torch.optim.Adam([logits], lr=_LEARNING_RATE)
     with torch.enable_grad():
         for iteration in range(iterations):
-            shares = logits.softmax(1)
+            shares = (logits / _COLDEST ** (iteration / iterations)).softmax(1)
             loss = rollouts[iteration % len(rollouts)].distance(list(shares @ strengths))
             loss = loss + penalty * (shares @ costs).mean()
             (logits.grad,) = torch.autograd.grad(loss, [logits])
@@ -189,9 +196,54 @@ def descend(
     return [options[k] for k in logits.argmax(1).tolist()]
 
 
+def within(
+    rollouts: Sequence[Rollout],
+    options: Sequence[Option],
+    most: int,
+    iterations: int,
+    on_iteration: Callable[[], object] = lambda: None,
+) -> tuple[list[Option], float]:
+    """Finds a policy of at most so many rows: bisects the penalty of `descend` in its logarithm, until one has just as many.
+
+    Args:
+        rollouts: recorded batches with full guidance.
+        options: to choose from, "cond" among them.
+        most: rows a sample, at least one an evaluation.
+        iterations: updates of each descent.
+        on_iteration: called after each.
+
+    Returns:
+        The policy of least distance among those found that cost no more, and its penalty.
+    """
+    low, high, penalty = 0.0, math.inf, 0.1
+    best: tuple[float, list[Option], float] = (math.inf, ["cond"] * len(rollouts[0].timesteps), math.inf)
+    for _ in range(ROUNDS):
+        found = descend(rollouts, options, penalty, iterations, on_iteration)
+        if rows(found) <= most:
+            best, high = min(best, (missed(rollouts, found), found, penalty), key=lambda entry: entry[0]), penalty
+            if rows(found) == most:
+                break
+        else:
+            low = penalty
+        penalty = math.sqrt(low * high) if low and high < math.inf else penalty * 4 if high == math.inf else penalty / 4
+    return best[1], best[2]
+
+
+def missed(rollouts: Sequence[Rollout], options: Sequence[Option]) -> float:
+    """Returns a policy's squared distance from full guidance at the end, as a part of that without guidance, over all batches."""
+    with torch.no_grad():
+        errors = [(float(r.distance(options)) * r.base * len(r.start), r.base * len(r.start)) for r in rollouts]
+    return sum(e for e, _ in errors) / sum(b for _, b in errors)
+
+
 def strength(option: Option) -> float:
     """Returns w of an option as ``u + w (c - u)``."""
     return {"uncond": 0.0, "cond": 1.0}[option] if isinstance(option, str) else option
+
+
+def _distance(x: Tensor, other: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - other.to(wide)).square().mean()
 
 
 def _copied(scheduler: Any) -> Any:  # noqa: ANN401
