@@ -22,6 +22,9 @@ from flowkit.guidance.policy_search import FixedScale, Rollout, Snapshot, descen
 from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Evaluation
 
+from .families import stock_of
+from .tiny import build, run
+
 LABELS = [0, 1, 2, 3]
 
 
@@ -43,7 +46,7 @@ def drawn(pipe: ClassConditionalPipeline, *parts: Any, scale: float = 3.0, steps
     return sample, run.rows
 
 
-class Early(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Early(ModelMixin, ConfigMixin):
     """A network whose label has no effect in the second half of the run."""
 
     @register_to_config
@@ -95,7 +98,8 @@ def test_one_row_options_are_plain_runs(option: Any) -> None:
 
 
 def test_options_are_taken_in_order() -> None:
-    pipe, options = mixture(), ["cond", 5.0, "uncond", 2.0]
+    pipe = mixture()
+    options: list[str | float] = ["cond", 5.0, "uncond", 2.0]
     sample, rows = drawn(pipe, policy := PolicyGuidance(options))
     assert (rows, policy.rows, policy.evaluations) == (4 * 6, 6, 4)
     scheduler, net = pipe.scheduler, pipe.unet
@@ -172,11 +176,12 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"p\.json is not JSON"):
             PolicyGuidance.load(path)
-    for other in ([], {"format": "flowkit.grid/1"}):
+    others: list[Any] = [[], {"format": "flowkit.grid/1"}]
+    for other in others:
         path.write_text(json.dumps(other))
         with pytest.raises(ValueError, match=r"p\.json holds no policy"):
             PolicyGuidance.load(path)
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"options": None},
         {"options": ["cond", "other", 2.0]},
         {"options": ["cond", 2.0]},
@@ -184,7 +189,8 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         {"identity": 3},
         {"identity": {"levels": [1.0, True, None]}},
         {"about": []},
-    ):
+    ]
+    for change in changes:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ValueError, match=r"p\.json is damaged .*search anew"):
             PolicyGuidance.load(path)
@@ -331,3 +337,27 @@ def test_searches_are_checked(options: dict[str, Any], message: str) -> None:
     call = {"num_inference_steps": 4}
     with pytest.raises(ValueError, match=message):
         PolicyGuidance.search(mixture(), LABELS, **{"samples": 2, "call": call, "progress": False, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "pixart-sigma"])
+def test_runs_of_families_of_pipelines_repeat(family: str) -> None:
+    pipe = build(family, stock_of(family))
+    guided: dict[str, Any] = {"true_cfg_scale": 2.0} if family == "flux" else {"guidance_scale": 2.0}
+    recorder, snapshot = Recorder("state"), Snapshot()
+    with attach(pipe, recorder, snapshot, FixedScale(40.0)):  # random networks listen little
+        run(pipe, 3, **guided)
+    rollout = Rollout.of(recorder.trajectories[0], snapshot, 40.0)
+    count = len(rollout.timesteps)
+    assert missed([rollout], [40.0] * count) < 1e-6
+    scales = torch.full((count,), 30.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rollout.distance(list(scales)), [scales])
+    # A scale nearer to that of the run is nearer at the end.
+    assert float(gradient.sum()) < 0
+    policy = PolicyGuidance([40.0, "cond", *["uncond"] * (count - 2)])
+    again = Recorder("state")
+    with attach(pipe, again, policy):
+        run(pipe, 3, **guided)
+    with torch.no_grad():
+        want = rollout(policy.options)
+    assert torch.allclose(again.trajectories[0].states[-1], want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))

@@ -335,7 +335,7 @@ def _add(moments: Moments, run: Any, identity: Mapping[str, Any] | None) -> Mapp
     if missing or not len(cond) or len(cond) != len(uncond):
         raise ValueError(
             f"a run has {len(cond)} conditional and {len(uncond)} unconditional outputs, and none at evaluations {missing}; "
-            "record 'cond' and 'uncond' with full guidance at every step"
+            "record 'cond' and 'uncond' of a call with guidance, a guidance_scale above 1"
         )
     own = identities.of(run)
     if moments.samples and own is not None and identity is not None:
