@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowkit import ClassConditionalPipeline, MixtureDenoiser, Recorder, RectifiedFlowScheduler, attach
 from flowkit.guidance.policy import PolicyGuidance
-from flowkit.guidance.policy_search import FixedScale, Rollout, Snapshot, descend, missed, within
+from flowkit.guidance.policy_search import FixedScale, Rollout, Snapshot, descend, missed, refine, rows, within
 from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Evaluation
 
@@ -225,7 +225,7 @@ def test_a_pipeline_of_other_steps_is_refused_and_left_as_it_was() -> None:
 def test_where_guidance_does_nothing_it_is_not_paid_for() -> None:
     for penalty in (1e-3, 1e-2):
         policy = PolicyGuidance.search(
-            early(), [0, 1], scale=3.0, scales=[3.0], penalty=penalty, samples=4, iterations=60, progress=False,
+            early(), [0, 1], scale=3.0, scales=[3.0], penalty=penalty, samples=2, iterations=40, progress=False,
             call={"num_inference_steps": 4},
         )  # fmt: skip
         assert policy.options == (3.0, 3.0, "cond", "cond")
@@ -235,7 +235,7 @@ def test_where_guidance_does_nothing_it_is_not_paid_for() -> None:
 
 def test_rows_that_cost_nothing_are_full_guidance() -> None:
     policy = PolicyGuidance.search(
-        mixture(), LABELS, scale=3.0, penalty=0.0, samples=4, iterations=60, progress=False, call={"num_inference_steps": 4}
+        mixture(), LABELS, scale=3.0, penalty=0.0, samples=2, iterations=40, progress=False, call={"num_inference_steps": 4}
     )  # fmt: skip
     assert policy.options == (3.0,) * 4
     assert policy.about["distance"] < 1e-12
@@ -244,19 +244,30 @@ def test_rows_that_cost_nothing_are_full_guidance() -> None:
     assert len(policy.identity["levels"]) == 4
     # And rows that cost far more than they are worth leave none.
     policy = PolicyGuidance.search(
-        mixture(), LABELS, scale=3.0, penalty=30.0, samples=4, iterations=60, progress=False, call={"num_inference_steps": 4}
+        mixture(), LABELS, scale=3.0, penalty=30.0, samples=2, iterations=20, progress=False, call={"num_inference_steps": 4}
     )  # fmt: skip
     assert policy.rows == 4
 
 
 def test_a_policy_beats_guidance_that_is_cut_off() -> None:
-    runs = rollouts(mixture(), steps=6)
-    found, penalty = within(runs, ["cond", "uncond", 1.5, 3.0, 4.5, 6.0], 8, 40)
+    runs = rollouts(mixture(), steps=6, samples=2)
+    found, penalty = within(runs, ["cond", "uncond", 1.5, 3.0, 4.5, 6.0], 8, 25)
     assert 0 < penalty < math.inf
     cut: list[str | float] = [3.0, 3.0, "cond", "cond", "cond", "cond"]
     assert missed(runs, found) < 0.5 * missed(runs, cut)
     assert missed(runs, [3.0] * 6) < 1e-12
     assert missed(runs, ["cond"] * 6) == pytest.approx(1.0)
+
+
+def test_refined_policies_are_not_worse() -> None:
+    runs = rollouts(mixture(), steps=4, samples=2)
+    options: list[str | float] = ["cond", "uncond", 1.5, 3.0, 6.0]
+    assert refine(runs, options, [3.0, 3.0, 1.5, 3.0], 0.0) == [3.0] * 4
+    bad: list[str | float] = ["uncond", 6.0, "cond", 1.5]
+    for penalty in (0.05, 0.5):
+        found = refine(runs, options, bad, penalty)
+        assert missed(runs, found) + penalty * rows(found) / 8 < missed(runs, bad) + penalty * rows(bad) / 8
+    assert rows(refine(runs, options, bad, 100.0)) == 4
 
 
 def test_gradients_are_those_of_the_run() -> None:

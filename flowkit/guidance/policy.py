@@ -131,8 +131,9 @@ class PolicyGuidance(Guidance):
         """Searches the policy whose last samples are nearest to those of full guidance, for what its rows may cost.
 
         The pipeline runs once with full guidance. Then network and scheduler run again for each iteration with a mixture of the
-        options at every evaluation, which gradient descent sharpens (`flowkit.guidance.policy_search.descend`); the network stays
-        as it is. An iteration costs some 6 N rows a sample, and the memory of one evaluation with gradients.
+        options at every evaluation, which gradient descent sharpens (`flowkit.guidance.policy_search.descend`), and its likeliest
+        options are tried against the others, one by one (`refine` there; not in the paper). The network stays as it is. An
+        iteration costs some 6 N rows a sample of a batch, and the memory of one evaluation with gradients.
 
         Args:
             pipe: a diffusers pipeline with a deterministic solver, with the scheduler that the policy will be used with.
@@ -184,13 +185,14 @@ class PolicyGuidance(Guidance):
             if rows is not None and not count <= rows <= 2 * count:
                 raise ValueError(f"rows must lie between {count} and {2 * count} for {count} evaluations, got {rows}")
             rounds = 1 if rows is None else policy_search.ROUNDS
-            task = display.add_task("search", total=rounds * iterations)
+            task = display.add_task("search", total=rounds * (iterations + count))
 
             def on_iteration() -> None:
                 display.advance(task)
 
             if rows is None:
                 found = policy_search.descend(rollouts, options, penalty, iterations, on_iteration)
+                found = policy_search.refine(rollouts, options, found, penalty, on_iteration)
             else:
                 found, penalty = policy_search.within(rollouts, options, rows, iterations, on_iteration)
             policy, errors, cost = cls(found, identity=identity), 0.0, 0
