@@ -187,13 +187,6 @@ def default_pattern(evaluations: int) -> list[int]:
     return [k for k in range(1, evaluations) if k >= half or k % 2]
 
 
-def even_pattern(evaluations: int, count: int) -> list[int]:
-    """Returns ``count`` evaluations to estimate, the others being spread evenly from the first on."""
-    true = evaluations - count
-    kept = {i * evaluations // true for i in range(true)}
-    return [k for k in range(evaluations) if k not in kept]
-
-
 def greedy_pattern(moments: Moments, count: int, ridge: float = 0.0, history: int | None = None) -> list[int]:
     """Returns ``count`` evaluations to estimate: of all but the first, one after another is dropped that helps the rest most.
 
