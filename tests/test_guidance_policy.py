@@ -267,6 +267,10 @@ def test_refined_policies_are_not_worse() -> None:
     for penalty in (0.05, 0.5):
         found = refine(runs, options, bad, penalty)
         assert missed(runs, found) + penalty * rows(found) / 8 < missed(runs, bad) + penalty * rows(bad) / 8
+        # Nor than full guidance that is cut off anywhere.
+        for k in range(5):
+            cut: list[str | float] = [*[3.0] * k, *["cond"] * (4 - k)]
+            assert missed(runs, found) + penalty * rows(found) / 8 <= missed(runs, cut) + penalty * rows(cut) / 8
     assert rows(refine(runs, options, bad, 100.0)) == 4
 
 

@@ -78,6 +78,7 @@ class Rollout:
         start: the sample before the first, (B, ...).
         target: the sample after the last, with full guidance, (B, ...).
         scaled: whether ``call`` scales the network's input itself.
+        scale: guidance scale of that.
         base: mean squared distance of ``target`` from the last sample without guidance.
     """
 
@@ -87,6 +88,7 @@ class Rollout:
     start: Tensor
     target: Tensor
     scaled: bool
+    scale: float
     base: float = 0.0
 
     @classmethod
@@ -108,7 +110,7 @@ class Rollout:
             list(snapshot.scheduler.timesteps)[-count:],
             (run.states[i].to(device) for i in (0, -1)),
         )
-        made = cls(call, snapshot.scheduler, times, start, target, snapshot.edm)
+        made = cls(call, snapshot.scheduler, times, start, target, snapshot.edm, scale)
         with torch.no_grad():
             again, plain = made([scale] * count), made(["cond"] * count)
         made.base = float(_distance(plain, made.target))
@@ -205,7 +207,8 @@ def refine(
 ) -> list[Option]:
     """Improves a policy option by option: each evaluation in turn takes the option that makes the objective of `descend` least.
 
-    The likeliest options of a mixture need not go together. It takes a run of every batch for each evaluation and option.
+    The likeliest options of a mixture need not go together. Where full guidance, cut off anywhere, is better, it begins with that.
+    It takes a run of every batch for each evaluation and option.
 
     Args:
         rollouts: recorded batches with full guidance.
@@ -221,7 +224,10 @@ def refine(
     def objective(policy: Sequence[Option]) -> float:
         return missed(rollouts, policy) + penalty * rows(policy) / (2 * len(policy))
 
-    best, least = list(found), objective(found)
+    starts, scale = [list(found)], rollouts[0].scale
+    if scale in options:
+        starts += [[*[scale] * k, *["cond"] * (len(found) - k)] for k in range(len(found) + 1)]
+    least, best = min(((objective(start), start) for start in starts), key=lambda entry: entry[0])
     for k in range(len(best)):
         for option in options:
             trial = [*best[:k], option, *best[k + 1 :]]
