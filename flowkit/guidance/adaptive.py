@@ -144,7 +144,13 @@ class AdaptiveGuidance(Guidance):
             raise ValueError(f"saving must lie in (0, 0.5), got {saving}; at 0.5 no unconditional row would be left")
         if tolerance is not None and not 0 < tolerance < 1:
             raise ValueError(f"tolerance must lie in (0, 1), got {tolerance}; 1 is as far as no guidance at all")
-        given: dict[str, Any] = {"samples": samples, "inputs": inputs, "call": call, "seed": seed, "batch_size": batch_size}
+        given: dict[str, Any] = {
+            "samples": samples,
+            "inputs": inputs,
+            "call": call,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         with bar(progress) as display:
 
             def run(part: Guidance, text: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -163,23 +169,28 @@ class AdaptiveGuidance(Guidance):
             savings = [_saving(table, threshold) for threshold in thresholds]
             if saving is not None:
                 if saving > savings[0]:
-                    raise ValueError(f"saving={saving} is more than the {savings[0]:.4g} that a cut after the first of "
-                                     f"{table.shape[1]} evaluations gives; ask for less, or use LinearAdaptiveGuidance")  # fmt: skip
+                    raise ValueError(f"saving={saving} is more than the {savings[0]:.4g} of a cut after the first evaluation; ask for "
+                                     "less, or use LinearAdaptiveGuidance")  # fmt: skip
                 best = min(range(len(savings)), key=lambda i: abs(savings[i] - saving))
                 result = cls(thresholds[best], space, per_sample)
                 result.about = {"saving": savings[best]}
                 return result
             apart = _rms(run(Unguided(), "no guidance")[0], full)
-            low, high, miss = 0, len(thresholds), 0.0  # thresholds from ``high`` on are known to do
-            while low < high:
+            # Thresholds from ``high`` on are known to do; a difference of half a percent is not worth another run.
+            savings.append(0.0)
+            low, high, miss = 0, len(thresholds), 0.0
+            while savings[low] - savings[high] > 0.005:
                 middle = (low + high) // 2
-                found = _rms(run(cls(thresholds[middle], space, per_sample), f"saving {savings[middle]:.1%}")[0], full) / apart
+                found = (
+                    _rms(run(cls(thresholds[middle], space, per_sample), f"saving {savings[middle]:.1%}")[0], full)
+                    / apart
+                )
                 if found <= tolerance:  # type: ignore[operator]
                     high, miss = middle, found
                 else:
                     low = middle + 1
             result = cls(thresholds[high] if high < len(thresholds) else 2.0, space, per_sample)
-            result.about = {"saving": savings[high] if high < len(savings) else 0.0, "distance": miss}
+            result.about = {"saving": savings[high], "distance": miss}
             return result
 
 
