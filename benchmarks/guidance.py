@@ -1,10 +1,10 @@
 """What guidance costs and what it can do without: network rows against the distance to full guidance, on the same noise.
 
-    python benchmarks/guidance.py                   # a quarter of an hour on one core; prints tables, writes benchmarks/guidance.json
-    python benchmarks/guidance.py --table           # prints the tables of docs/guidance.md from the committed JSON
+    python benchmarks/guidance.py            # a quarter of an hour on one core; prints tables, writes benchmarks/guidance.json
+    python benchmarks/guidance.py --table    # prints the tables of docs/guidance.md from the committed JSON
 
-Every method is set to save a share of the network rows that full guidance takes, on samples of its own, and is then measured on
-others. RMSE is over the elements of a sample in [-1, 1] and over all samples; the standard error is over samples.
+Every method is set to save a share of the network rows of full guidance, on samples of its own, and then measured on others. The
+distance is the RMS difference of final samples, all elements of all samples together; its standard error is over samples.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def distance(x: Tensor, full: Tensor) -> tuple[float, float]:
 
 
 def cutoff(steps: int, saving: float) -> IntervalGuidance:
-    """Guidance in the first steps of a uniform flow grid only, which saves a share of the rows."""
+    """Guidance in the first steps of a uniform flow grid only, as many as save a share of the rows."""
     guided = round(steps - 2 * steps * saving)
     return IntervalGuidance(1 - (guided - 0.5) / steps, 1.0)
 

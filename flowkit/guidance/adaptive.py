@@ -169,8 +169,8 @@ class AdaptiveGuidance(Guidance):
             savings = [_saving(table, threshold) for threshold in thresholds]
             if saving is not None:
                 if saving > savings[0]:
-                    raise ValueError(f"saving={saving} is more than the {savings[0]:.4g} of a cut after the first evaluation; ask for "
-                                     "less, or use LinearAdaptiveGuidance")  # fmt: skip
+                    raise ValueError(f"saving={saving} is more than the {savings[0]:.4g} of a cut after the first evaluation; ask "
+                                     "for less, or use LinearAdaptiveGuidance")  # fmt: skip
                 best = min(range(len(savings)), key=lambda i: abs(savings[i] - saving))
                 result = cls(thresholds[best], space, per_sample)
                 result.about = {"saving": savings[best]}
