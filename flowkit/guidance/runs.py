@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from flowkit import rng
-from flowkit.hooks import Attachment, Part, Recorder, Trajectory, attach
+from flowkit.hooks import Attachment, Guidance, Part, Recorder, Trajectory, attach
+from flowkit.hooks.parts import State
 from flowkit.pipelines.sampling import Inputs, blocks, parameters, sample_outputs
 
 # Index of the fit's own seed: beyond every sample's, so that no fit shares noise with an evaluation under the same seed.
 _FIT = 2**63 + 1
+
+
+class Unguided(Guidance):
+    """The conditional output alone: what guidance is measured against."""
+
+    def plan(self, step: int, sigma: float, state: State) -> str:
+        """Returns "cond"."""
+        return "cond"
+
+    def combine(
+        self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: State
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Returns the conditional output twice."""
+        return (cond, cond), dict(state)
 
 
 def recorded(
