@@ -48,7 +48,6 @@ from torch import Generator, Tensor, nn
 
 from flowkit import ClassConditionalPipeline, RectifiedFlowScheduler, rng, weights
 from flowkit.cli.pictures import mosaic, picture, save_png
-from flowkit.distill.progress import bar
 from flowkit.distill.trainer import Training, train
 from flowkit.eval import (
     ClassifierExtractor,
@@ -59,6 +58,7 @@ from flowkit.eval import (
     frechet_distance,
 )
 from flowkit.eval.classifier import Classifier
+from flowkit.progress import bar
 
 SIZE, CLASSES = 16, 24
 # Red, yellow, green, cyan, blue, magenta.
