@@ -80,7 +80,8 @@ def test_a_tolerance_is_kept_and_a_wider_one_saves_more(pipe: Any) -> None:
 @pytest.mark.parametrize("scale", [2.0, 5.0])
 def test_distances_to_full_guidance(pipe: Any, scale: float) -> None:
     """At 16 steps, AG at a quarter of the rows is within .45 of the way to no guidance, and LinearAG nearer than AG at 40 %."""
-    call, given = {"guidance_scale": scale, "num_inference_steps": 16}, {"samples": 40, "progress": False}
+    call = {"guidance_scale": scale, "num_inference_steps": 16}
+    given: dict[str, Any] = {"samples": 40, "progress": False}
     full, nothing = run(pipe, **call)[0], run(pipe, Unguided(), **call)[0]
     adaptive = flowkit.AdaptiveGuidance.calibrate(pipe, range(10), saving=0.25, call=call, **given)
     assert rms(run(pipe, adaptive, **call)[0], full) < 0.45 * rms(nothing, full)
