@@ -1,1 +1,9 @@
 """Guidance methods for `flowkit.attach`, one a file."""
+
+from flowkit.guidance.dynamic import DynamicGuidance as DynamicGuidance
+from flowkit.guidance.evaluators import DecodedReward as DecodedReward
+from flowkit.guidance.evaluators import Evaluator as Evaluator
+from flowkit.guidance.evaluators import Quadratic as Quadratic
+from flowkit.guidance.evaluators import vae_decoder as vae_decoder
+from flowkit.guidance.latent_evaluators import LatentClassifier as LatentClassifier
+from flowkit.guidance.latent_evaluators import LatentDiscriminator as LatentDiscriminator
