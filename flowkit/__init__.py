@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from flowkit.analytic import MixtureDenoiser as MixtureDenoiser
     from flowkit.distill import optimize_steps as optimize_steps
     from flowkit.grids import Grid as Grid
+    from flowkit.hooks import Recorder as Recorder
+    from flowkit.hooks import attach as attach
     from flowkit.pipelines import ClassConditionalPipeline as ClassConditionalPipeline
     from flowkit.pipelines import load_demo as load_demo
     from flowkit.schedulers import RectifiedFlowScheduler as RectifiedFlowScheduler
@@ -27,7 +29,9 @@ _HOMES = {
     "ClassConditionalPipeline": "flowkit.pipelines",
     "Grid": "flowkit.grids",
     "MixtureDenoiser": "flowkit.analytic",
+    "Recorder": "flowkit.hooks",
     "RectifiedFlowScheduler": "flowkit.schedulers",
+    "attach": "flowkit.hooks",
     "load_demo": "flowkit.pipelines",
     "optimize_steps": "flowkit.distill",
     "save_pretrained": "flowkit.schedulers",

@@ -160,6 +160,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def fork(self) -> TableScheduler:
         """Returns an independent scheduler with the same configuration and timesteps, at the start of a run: one a thread."""
         other = copy.copy(self)
+        for name in ("set_timesteps", "step"):  # what `flowkit.attach` put in their place works on this scheduler
+            other.__dict__.pop(name, None)
         other._restart()
         other._begin_index = None
         if other._plan:

@@ -1,0 +1,123 @@
+"""``flowkit.attach``: guidance, gradients, recorders and correctors for a pipeline, from outside."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flowkit.hooks.engine import Engine
+from flowkit.hooks.parts import Guidance, Part
+from flowkit.hooks.steps import Step
+
+# Components of diffusers' pipelines that are called at every step.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "image_unet", "dit")
+_ENGINES: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
+    """Attaches parts to a pipeline, until `Attachment.detach` or the end of a ``with``.
+
+    The pipeline is called as before. Guidance needs it to ask for an unconditional output, so its own guidance scale must be above
+    1; *selecting* methods leave that scale in charge, *combining* ones have their own, and any value above 1 will do.
+
+    Args:
+        pipe: a diffusers pipeline, modular ones too.
+        *parts: at most one `Guidance`, and any number of others. None leave the pipeline as it is, to the bit.
+
+    Returns:
+        What was attached, with its report; a context manager.
+
+    Raises:
+        TypeError: for what is not a part, or a pipeline without scheduler.
+        ValueError: for a pipeline without a network that is called at every step, a second guidance method, or networks that are
+            attached to through another pipeline; and while the pipeline runs, for one that this cannot be done to, which is left
+            as it was.
+    """
+    for part in parts:
+        if not isinstance(part, Part):
+            raise TypeError(
+                f"attach takes guidance, recorders and the like, got {part!r:.80}; pass e.g. flowkit.AdaptiveGuidance()"
+            )
+    name = type(pipe).__name__
+    networks = [net for key in DENOISERS if isinstance(net := getattr(pipe, key, None), torch.nn.Module)]
+    if not networks:
+        raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(DENOISERS)}; attach to the "
+                         "pipeline that denoises")  # fmt: skip
+    if not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise TypeError(f"{name} has no scheduler to attach to; pass a diffusers pipeline")
+    found = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
+    if any(engine.pipe is not pipe for engine in found):
+        other = next(type(engine.pipe).__name__ for engine in found if engine.pipe is not pipe)
+        raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
+    engine = found.pop() if found else Engine(pipe, networks)
+    methods = [part for part in (*engine.parts, *parts) if isinstance(part, Guidance)]
+    if len(methods) > 1:
+        both = " and ".join(type(method).__name__ for method in methods)
+        raise ValueError(f"{both} would each combine the network's outputs; attach one of them")
+    return Attachment(engine, parts)
+
+
+class Attachment:
+    """What `attach` returns.
+
+    Attributes:
+        parts: what was attached.
+        steps: one `flowkit.hooks.steps.Step` an evaluation of the latest call of the pipeline.
+        rows: network rows run since `attach`.
+        asked: network rows that the pipeline asked for since then.
+    """
+
+    def __init__(self, engine: Engine, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.steps: list[Step] = []
+        self.rows = self.asked = 0
+        self._engine: Engine | None = engine
+        if not engine.installed:
+            engine.install()
+            for network in engine.networks:
+                _ENGINES[network] = engine
+        engine.parts += parts
+        engine.on_step.append(self._noted)
+        engine.attached.append(self)
+
+    def _noted(self, step: Step) -> None:
+        if step.evaluation.step == 0:
+            self.steps = []
+        self.steps.append(step.without_tensors())
+        self.rows, self.asked = self.rows + step.rows, self.asked + step.asked
+
+    def detach(self) -> None:
+        """Takes the parts away again and leaves no trace; a second time does nothing.
+
+        Raises:
+            ValueError: where the last result holds NaN or infinity.
+        """
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.parts = [part for part in engine.parts if not any(part is own for own in self.parts)]
+        engine.on_step.remove(self._noted)
+        engine.attached.remove(self)
+        last = engine.last
+        if not engine.attached:
+            for network in engine.networks:
+                _ENGINES.pop(network, None)
+            engine.remove()
+        if last is not None and not bool(torch.isfinite(last).all()):
+            raise ValueError("the last sample holds NaN or infinity; a scheduler made with debug=True names the step")
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._engine is not None:
+            self._engine.last = None  # the error that is under way is the one to see
+        self.detach()
+
+    @property
+    def saved(self) -> float:
+        """Share of the network rows asked for that were not run, in [0, 1]."""
+        return 1.0 - self.rows / self.asked if self.asked else 0.0

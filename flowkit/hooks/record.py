@@ -1,0 +1,241 @@
+"""Recording a pipeline in memory, and running its network again as it was called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkit.hooks import layout
+from flowkit.hooks.arguments import Arguments, changes
+from flowkit.hooks.levels import TIME_MAPS
+from flowkit.hooks.parts import Level, Part
+from flowkit.hooks.selftest import aligned
+
+KINDS = ("state", "output", "cond", "uncond")
+
+
+@dataclass
+class Trajectory:
+    """One call of a pipeline, of N evaluations; tensors on the CPU.
+
+    Attributes:
+        states: the sample before each evaluation and after the last, N + 1 tensors (B, ...); empty unless kept, as are the others.
+        outputs: what ``scheduler.step`` was given, without the channels of a learned variance, N tensors (B, ...).
+        cond: the network's conditional output, N tensors (B, C, ...), None where it was not run.
+        uncond: its unconditional output, likewise, None too where it was not run for every sample.
+        sigmas: level of each evaluation in the convention of diffusers' ``sigmas``, as `Guidance.plan` gets it.
+        timesteps: the scheduler's.
+        identity: names of pipeline and network, and the levels, as values for JSON.
+        changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    cond: list[Tensor | None] = field(default_factory=list)
+    uncond: list[Tensor | None] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
+    identity: dict[str, Any] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    _network: Any = None
+    _calls: dict[str, Arguments] = field(default_factory=dict)
+    _level: Level | None = None
+    _sign: int = 1
+    _total: int = 1000
+    _expected: Tensor | None = None
+    _x: Tensor | None = None
+
+    def denoiser(self) -> DenoiserCall:
+        """Returns the network as it was called, to run at any sample and time.
+
+        Raises:
+            ValueError: where the pipeline's call cannot be repeated: it changes other arguments than sample and time, gives the
+                time in an unknown form, or a repeated call does not return what was recorded.
+        """
+        name = self.identity.get("pipeline", "the pipeline")
+        if not self._calls or self._expected is None:
+            raise ValueError("nothing was recorded yet; call the pipeline while the recorder is attached")
+        if self._x is None:
+            raise ValueError(f"{name} gives its network something else than the sample (frames or images in its place, or packed "
+                             "otherwise), so it cannot be called at other samples")  # fmt: skip
+        if self.changed:
+            raise ValueError(f"{name} changes {', '.join(sorted(self.changed))} from step to step, so its network cannot be "
+                             "called at other samples and times")  # fmt: skip
+        with torch.no_grad():
+            for form in TIME_MAPS:
+                call = DenoiserCall(
+                    self._network, self._calls, self._x.shape, form, self._total, self._sign, self._level
+                )
+                if not call.fits(self.timesteps[0]):
+                    continue
+                found = call(self._x, self.timesteps[0])
+                if torch.allclose(found, aligned_to(self._expected * self._sign, found), rtol=1e-4, atol=1e-5):
+                    return call
+        raise ValueError(f"a repeated call of the network of {name} does not return what was recorded: it is given sample or "
+                         "time in a form that is not known")  # fmt: skip
+
+
+def aligned_to(x: Tensor, like: Tensor) -> Tensor:
+    """Returns a prediction in the arrangement of another; itself where there is none."""
+    found = aligned(x, like)
+    return x if found is None else found
+
+
+class Recorder(Part):
+    """Keeps what a pipeline's network and scheduler are given and return, in memory.
+
+    Args:
+        *keep: any of "state", "output", "cond" and "uncond" (see `Trajectory`); none means the first two.
+        limit: bytes that may be kept; reaching it is an error.
+
+    Attributes:
+        trajectories: one for every call of the pipeline, in order.
+
+    Raises:
+        ValueError: for another kind, a limit that is not positive, and while the pipeline runs, at the limit.
+    """
+
+    def __init__(self, *keep: str, limit: int = 2**31) -> None:
+        if unknown := [kind for kind in keep if kind not in KINDS]:
+            raise ValueError(f"cannot record {unknown[0]!r}; choose from {', '.join(KINDS)}")
+        if not limit > 0:
+            raise ValueError(f"limit must be a positive number of bytes, got {limit}")
+        self.keep, self.limit, self.bytes = keep or KINDS[:2], limit, 0
+        self.trajectories: list[Trajectory] = []
+
+    def begin(self, run: Any) -> None:  # noqa: ANN401
+        """Starts a trajectory."""
+        self.trajectories.append(Trajectory())
+
+    def before_step(self, run: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> None:  # noqa: ANN401
+        """Keeps what the network returned, and the sample."""
+        step, now = run.step, self.trajectories[-1]
+        if step is None:
+            return
+        rows = step.size
+        if not now.sigmas:
+            self._remember(run, now, sample)
+        elif len(now.sigmas) == 1:
+            now.changed = changes(now._calls["cond"], step.calls["cond"])
+            now._calls.setdefault("uncond", step.calls.get("uncond", now._calls["cond"]))
+        now.sigmas.append(step.sigma)
+        now.timesteps.append(float(timestep))
+        now.identity["levels"].append(step.sigma)
+        if "state" in self.keep:  # in place of the last step's result, which the pipeline may have edited
+            now.states = [*now.states[:-1], self._kept(sample[:rows])] if now.states else [self._kept(sample[:rows])]
+        if "output" in self.keep:
+            now.outputs.append(self._kept(model_output[:rows, : sample.shape[1]]))
+        for kind, kept, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
+            if kind in self.keep:
+                kept.append(None if value is None else self._kept(value))
+
+    def after_step(self, run: Any, sample: Tensor) -> None:  # noqa: ANN401
+        """Keeps the next sample."""
+        now = self.trajectories[-1]
+        if "state" in self.keep and run.step is not None:
+            now.states.append(self._kept(sample[: run.step.size]))
+
+    def _remember(self, run: Any, now: Trajectory, sample: Tensor) -> None:  # noqa: ANN401
+        """What it takes to call the network again."""
+        step = run.step
+        now.identity = {"pipeline": type(run.pipe).__name__, "network": type(step.network).__name__, "levels": []}
+        now._network, now._calls, now._level = step.network, dict(step.calls), step.evaluation.level
+        now._sign, now._total = run.sign, run.clock.total
+        now._expected, x = step.cond, aligned(step.evaluation.x.detach(), sample[: step.size])
+        # A network that is not given the sample itself, up to a factor, is not a function of it alone: frames are put in its place.
+        if x is not None:
+            wide, seen = sample[: step.size].double(), x.double()
+            part = float((wide * seen).sum()) / max(float(wide.square().sum()), 1e-300)
+            if float((seen - part * wide).norm()) <= 0.02 * float(seen.norm()):
+                now._x = x.clone()
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """A copy that no later step of the pipeline writes into."""
+        self.bytes += x.numel() * x.element_size()
+        if self.bytes > self.limit:
+            raise ValueError(f"the recorder is full: {self.bytes} bytes, and its limit is {self.limit}; raise limit, keep less "
+                             f"than {', '.join(self.keep)}, or record fewer samples")  # fmt: skip
+        return x.detach().to("cpu", copy=True)
+
+
+class DenoiserCall:
+    """A network with the arguments of a recorded call, as a function of sample and time.
+
+    Attributes:
+        network: the module.
+        roles: which rows it can be called for: "cond" and, of a guided pipeline, "uncond".
+        form: how the network is told the time, one of `TIME_MAPS`.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        calls: dict[str, Arguments],
+        shape: Sequence[int],
+        form: str,
+        total: int,
+        sign: int,
+        level: Level | None,
+    ) -> None:
+        self.network, self.form = network, form
+        self._calls, self._shape, self._total, self._sign = calls, tuple(shape), total, sign
+        self._path = None if level is None else level.path
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Rows that it can be called for."""
+        return tuple(self._calls)
+
+    def fits(self, timestep: float) -> bool:
+        """Whether the recorded call, at this time of the scheduler, told the network the time in this form."""
+        told = self._calls["cond"].time
+        want = float(TIME_MAPS[self.form](torch.tensor(timestep), self._total))
+        return abs(float(torch.as_tensor(told).double().abs().max()) - abs(want)) <= 4e-3 * max(abs(want), 1e-3)
+
+    def __call__(self, x: Tensor, timestep: float, rows: str = "cond") -> Tensor:
+        """Returns the network's prediction, as ``scheduler.step`` expects it.
+
+        Args:
+            x: noisy samples in the path's coordinates, of the recorded shape; gradients go through.
+            timestep: of the scheduler.
+            rows: "cond" or "uncond".
+
+        Returns:
+            The prediction, shape of ``x``, without the channels of a learned variance.
+
+        Raises:
+            ValueError: for rows that were not recorded, or samples of another shape.
+        """
+        if rows not in self._calls:
+            raise ValueError(f"no {rows!r} rows were recorded, only {', '.join(self._calls)}; record a guided call")
+        if tuple(x.shape) != self._shape:
+            raise ValueError(f"got samples of shape {tuple(x.shape)}, recorded were {self._shape}")
+        call = self._calls[rows]
+        call = call.replaced(self._input(x, call.latents, timestep), self._told(timestep, call.time))
+        value = layout.split(layout.read(self.network(*call.args, **call.kwargs)), x)[0]
+        return self._sign * aligned_to(value, x)
+
+    def _input(self, x: Tensor, old: Any, timestep: float) -> Any:  # noqa: ANN401
+        if self._path is not None and self._path.name == "edm":
+            x = x * self._path.input_scale(self._path.at_time(timestep))
+        if not isinstance(old, Tensor):
+            return type(old)(row.to(was.dtype).reshape(was.shape) for row, was in zip(x, old, strict=True))
+        if x.numel() == old.numel():
+            return x.to(old.dtype).reshape(old.shape)
+        # Images beside the sample, along the channels or tokens, stay.
+        for axis, size in enumerate(x.shape):
+            if size < old.shape[axis]:
+                return torch.cat([x.to(old.dtype), old.narrow(axis, size, old.shape[axis] - size)], axis)
+        raise ValueError(f"the network's input has shape {tuple(old.shape)}, the sample {tuple(x.shape)}")
+
+    def _told(self, timestep: float, old: Any) -> Any:  # noqa: ANN401
+        told = TIME_MAPS[self.form](torch.tensor(timestep), self._total)
+        if not isinstance(old, Tensor):
+            return type(old)(told)
+        # Frames or tokens that are given have time 0, and keep it.
+        size = old.abs()
+        return torch.where(size == size.max(), told.to(old.device), old.to(told.dtype)).to(old.dtype)
