@@ -1,6 +1,7 @@
 """Guidance methods for `flowkit.attach`, one a file."""
 
 from flowkit.guidance.dynamic import DynamicGuidance as DynamicGuidance
+from flowkit.guidance.evaluator_training import train_evaluators as train_evaluators
 from flowkit.guidance.evaluators import DecodedReward as DecodedReward
 from flowkit.guidance.evaluators import Evaluator as Evaluator
 from flowkit.guidance.evaluators import Quadratic as Quadratic

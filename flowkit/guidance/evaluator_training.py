@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from flowkit import rng
 from flowkit.guidance.dynamic import DynamicGuidance
 from flowkit.guidance.latent_evaluators import LatentClassifier, LatentDiscriminator, LatentNetwork
-from flowkit.hooks.attach import attach
+from flowkit.hooks import Recorder, attach
 from flowkit.hooks.parts import Evaluation, Level, Part
-from flowkit.hooks.record import Recorder
 from flowkit.pipelines import sampling
 
 _HELD_OUT = 0.2
