@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from flowkit.hooks.engine import Engine
 from flowkit.hooks.parts import Guidance, Part
+from flowkit.hooks.report import Report, plot, report
 from flowkit.hooks.steps import Step
 
 # Components of diffusers' pipelines that are called at every step.
@@ -116,6 +118,25 @@ class Attachment:
         if kind is not None and self._engine is not None:
             self._engine.last = None  # the error that is under way is the one to see
         self.detach()
+
+    def report(self) -> Report:
+        """Returns, as a table, what was run in each step of the latest call: level, network rows, figures of the method."""
+        return report(self.steps, self.rows, self.asked)
+
+    def plot(self, file: str | os.PathLike[str] | None = None) -> Any:  # noqa: ANN401
+        """Draws the same.
+
+        Args:
+            file: where to save the picture; its ending says the format. None: nowhere.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ValueError: before the pipeline was called.
+            ImportError: without matplotlib.
+        """
+        return plot(self.steps, file)
 
     @property
     def saved(self) -> float:

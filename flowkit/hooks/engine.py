@@ -105,7 +105,7 @@ class Engine:
         def tell(name: str | None) -> None:
             self.context = name
 
-        return Named(inner(name, **kwargs), name, tell)
+        return Named(inner(name, **kwargs), name.removeprefix("pred_"), tell)  # guiders say "pred_cond"
 
     def _started(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         result = inner(*args, **kwargs)
@@ -256,6 +256,8 @@ class Engine:
         if len(sample) not in (step.size, 2 * step.size):
             raise self.refuse(f"the network was called for {step.asked} rows, taken to be {step.size} samples, but {name} steps "
                               f"{len(sample)}: give each sample noise of its own, so that a guided batch can be told")  # fmt: skip
+        if step.extra:
+            return
         assert step.seen is not None
         use = learned(output, *step.seen)
         if use is None:

@@ -34,6 +34,7 @@ def batched(engine: Engine, call: NetworkCall, given: Arguments, step: Step, whe
         What the network is to return.
     """
     guidance, size, plan = engine.guidance, step.size, step.plan
+    step.extra = not where.keys() <= {"cond", "uncond"}
     apart = guidance.second if guidance is not None else None  # a second network takes the other rows
     whole = "perturbed" in where  # its attention splits the batch into equal parts itself
     needed = list(plan) if isinstance(plan, list) else [plan != "cond" and not apart] * size
@@ -135,7 +136,7 @@ def following(engine: Engine, call: NetworkCall, given: Arguments, step: Step) -
     step.passes, step.asked = step.passes + 1, step.asked + rows
     if step.passes > 2 or step.first is None or engine.context not in (None, "uncond") or rows != step.size:
         output = engine.run(call, given)
-        step.rows += rows
+        step.rows, step.extra = step.rows + rows, True
         value, shift = layout.read(output).detach(), step.shift
         # It keeps its own term, the difference to the conditional output.
         return output if shift is None or shift.shape != value.shape else layout.write(output, value + shift)

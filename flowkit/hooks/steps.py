@@ -48,6 +48,8 @@ class Step:
     first: Any = None
     finished: Tensor | None = None
     passes: int = 0
+    # Whether the pipeline adds a term of its own to what it combines.
+    extra: bool = False
 
     @property
     def size(self) -> int:
