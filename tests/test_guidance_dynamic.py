@@ -201,6 +201,8 @@ def test_outside_the_interval_the_scale_is_the_default() -> None:
         assert torch.equal(guidance.combine(cond, uncond, 0, sigma, {})[0], uncond + 4.0 * (cond - uncond))
         assert guidance.plan(0, sigma, {}) == "both"
     assert guidance.combine(cond, uncond, 0, 0.3, {})[1]["report"]["scale"][0] == 1
+    with pytest.raises(ValueError, match="needs the scheduler's noise levels, which are not known"):
+        guidance.plan(0, float("nan"), {})
     plain = DynamicGuidance(Quadratic(cond[0]), (1.0, 4.0), default=1, interval=(0.2, 0.5))
     assert [plain.plan(0, sigma, {}) for sigma in (0.1, 0.2, 0.5, 0.6)] == ["cond", "both", "both", "cond"]
     got, state = plain.combine(cond, None, 0, 0.6, {"kept": 1})

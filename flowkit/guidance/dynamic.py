@@ -106,7 +106,11 @@ class DynamicGuidance(Guidance):
         self.rows = rows
 
     def plan(self, step: int, sigma: float, state: State) -> Plan:
-        """Returns "both", or "cond" outside the interval where the default is 1."""
+        """Returns "both", or "cond" outside the interval where the default is 1.
+
+        Raises:
+            ValueError: for an interval where the noise level is not known.
+        """
         return "cond" if self.default == 1.0 and not self._within(sigma) else "both"
 
     def combine(
@@ -141,6 +145,10 @@ class DynamicGuidance(Guidance):
         return chosen, reported(state, scale=scores.new_tensor(self.scales)[choice])
 
     def _within(self, sigma: float) -> bool:
+        if self.interval is not None and math.isnan(sigma):
+            raise ValueError(
+                f"interval={self.interval} needs the scheduler's noise levels, which are not known; leave it out"
+            )
         return self.interval is None or self.interval[0] <= sigma <= self.interval[1]
 
     def _line_search(self, cond: Tensor, uncond: Tensor, step: int, sigma: float, state: State) -> Any:  # noqa: ANN401
