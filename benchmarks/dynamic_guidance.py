@@ -39,7 +39,7 @@ from flowkit.pipelines import sampling
 from flowkit.weights import write_bytes
 
 SCALES, DEFAULT, STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5), 2.0, 16
-TRAINED_ON, TRAINING_SEED, SAMPLES, SEED, CHUNK = 40 * CLASSES, 1, 40 * CLASSES, 0, 2 * CLASSES
+TRAINED_ON, TRAINING_SEED, SAMPLES, SEED, CHUNK = 40 * CLASSES, 1, 22 * CLASSES, 0, 2 * CLASSES
 CALL = {"guidance_scale": 2.0, "num_inference_steps": STEPS, "output_type": "latent"}
 
 
