@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from flowkit import ClassConditionalPipeline, MixtureDenoiser, RectifiedFlowSche
 from flowkit.guidance import DynamicGuidance, LatentClassifier, LatentDiscriminator, train_evaluators
 from flowkit.guidance.evaluator_training import predictions
 from flowkit.hooks import attach
+
+from . import tiny
 
 MEANS = torch.tensor([-0.5, 0.5], dtype=torch.float64).reshape(2, 1, 1, 1).expand(2, 1, 2, 2)
 STD, STEPS = 0.7, 8
@@ -126,6 +129,32 @@ def test_in_a_pipeline_it_costs_no_network_rows_and_chooses_for_each_sample() ->
     generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
     static = pipe(labels, generator=generators, output_type="latent", guidance_scale=2.5, num_inference_steps=STEPS)
     assert torch.equal(run(DynamicGuidance((), [2.5]), labels, [0, 1, 2, 3, 4])[0], static.images)
+
+
+@pytest.mark.parametrize(("family", "shape"), [("sd15", (4, 8, 8)), ("flux", (16, 16))])
+def test_pipelines_of_diffusers_train_and_use_them(family: str, shape: tuple[int, ...]) -> None:
+    """One that predicts eps in one guided batch, and one that predicts the velocity of tokens in two calls."""
+    stock = {
+        "sd15": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        "flux": diffusers.FlowMatchEulerDiscreteScheduler(),
+    }
+    pipe, call = tiny.build(family, stock[family]), {**tiny.PIPELINES[family].call, "num_inference_steps": 3}
+    own = {name: call.pop(name) for name in ("prompt", "negative_prompt")}
+    prompts = [own, {**own, "prompt": "a green dog"}]
+    latents, labels = torch.randn(12, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+    discriminator, classifier = train_evaluators(
+        pipe, latents, labels, inputs=prompts, call=call, scales=(1.0, 3.0), steps=2, batch_size=4, width=2
+    )
+    assert classifier is not None
+    assert discriminator.path == classifier.path == {"sd15": "vp", "flux": "flow"}[family]
+    assert len(discriminator.measured) == 3
+    guidance = DynamicGuidance(discriminator, (1.0, 2.0, 4.0))
+    call |= {name: [row[name] for row in prompts] for name in own}
+    with attach(pipe, guidance) as run:
+        images = pipe(**call, generator=[torch.Generator().manual_seed(i) for i in range(2)])
+    assert run.rows == run.asked == 12
+    assert all(step.report["scale"].shape == (2,) for step in run.steps)
+    assert torch.isfinite(images[0]).all()
 
 
 def test_bad_training_data_is_refused() -> None:

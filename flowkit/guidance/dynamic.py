@@ -111,7 +111,7 @@ class DynamicGuidance(Guidance):
         Raises:
             ValueError: for an interval where the noise level is not known.
         """
-        return "cond" if self.default == 1.0 and not self._within(sigma) else "both"
+        return "cond" if not self._within(sigma) and self.default == 1.0 else "both"
 
     def combine(
         self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: State
