@@ -72,7 +72,8 @@ def predictions(
     """Returns the predictions that `train_evaluators` learns from.
 
     Each batch is drawn by the pipeline under static guidance, with the scales in turn; then its network is called, with the very
-    same conditioning, at data noised to each level of the run. Costs four network rows a sample and level.
+    same conditioning, at data noised to each level of the run. Costs four network rows a sample and level, and the memory of three
+    float32 copies of all samples at all levels.
 
     Args:
         pipe: a diffusers pipeline with classifier-free guidance.
