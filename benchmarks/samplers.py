@@ -34,8 +34,8 @@ from torch import Tensor
 
 from flowkit import RectifiedFlowScheduler, load_demo, paths, solvers, table
 from flowkit.analytic import MixtureDenoiser
-from flowkit.distill.progress import bar
 from flowkit.eval import evaluate
+from flowkit.progress import bar
 from flowkit.weights import write_bytes
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkit import rng, table
-from flowkit.distill.progress import bar
 from flowkit.distill.record import recording
 from flowkit.grids import Grid
 from flowkit.pipelines.sampling import Inputs, sample_images
+from flowkit.progress import bar
 from flowkit.schedulers import RectifiedFlowScheduler, clipping
 from flowkit.schedulers.plans import Plan
 

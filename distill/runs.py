@@ -18,10 +18,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from rich.console import Console
 
-from flowkit.distill.progress import bar
 from flowkit.distill.reflow import CHECKPOINT, Reflow
 from flowkit.eval.provenance import describe
 from flowkit.pipelines.sampling import Inputs
+from flowkit.progress import bar
 from flowkit.schedulers import save_pretrained
 from flowkit.weights import write_bytes
 

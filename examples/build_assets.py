@@ -22,7 +22,7 @@ import diffusers
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from flowkit import assets, weights
@@ -69,6 +69,84 @@ def train(network: Network, loss: Callable[[nn.Module], Tensor], steps: int, tex
     return average.eval()
 
 
+def classifier_loss(network: nn.Module, x: Tensor, labels: Tensor, generator: Generator | None = None) -> Tensor:
+    """Returns the cross entropy of a batch of images, a little bent and noisy, with smoothed labels.
+
+    Smoothed labels bound the features, so that the Frechet distance in them is not ruled by the most certain images.
+
+    Args:
+        network: a classifier.
+        x: all images, in [-1, 1], (N, C, H, W).
+        labels: their classes, (N,).
+        generator: draws the batch; None means torch's own.
+    """
+    pick = torch.randint(len(x), (BATCH,), generator=generator)
+    affine = torch.eye(2, 3) + 0.1 * torch.randn(BATCH, 2, 3, generator=generator)
+    grid = F.affine_grid(affine, [BATCH, *x.shape[1:]], align_corners=False)
+    bent = F.grid_sample(x[pick], grid, padding_mode="border", align_corners=False)
+    noisy = bent + 0.1 * torch.randn(bent.shape, generator=generator)
+    device = next(network.parameters()).device
+    return F.cross_entropy(network(noisy.to(device)), labels[pick].to(device), label_smoothing=0.1)
+
+
+def flow_loss(network: nn.Module, x: Tensor, labels: Tensor, null: int, generator: Generator | None = None) -> Tensor:
+    """Returns the loss of the rectified flow (Liu et al. 2022): velocity ``eps - x0`` at ``(1 - s) x0 + s eps``, model time 1000 s.
+
+    The label is dropped (replaced by the null class) in 12% of the cases, for guidance; s is stratified over the batch.
+
+    Args:
+        network: a class-conditional UNet.
+        x: all images, in [-1, 1], (N, C, H, W).
+        labels: their classes, (N,).
+        null: the null class.
+        generator: draws the batch; None means torch's own.
+    """
+    pick = torch.randint(len(x), (BATCH,), generator=generator)
+    x0, noise = x[pick], torch.randn(BATCH, *x.shape[1:], generator=generator)
+    s = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+    condition = labels[pick].masked_fill(torch.rand(BATCH, generator=generator) < LABEL_DROP, null)
+    device = next(network.parameters()).device
+    x0, noise, s, condition = (value.to(device) for value in (x0, noise, s, condition))
+    velocity = network(x0.lerp(noise, s.view(-1, 1, 1, 1)), 1000 * s, condition).sample
+    return F.mse_loss(velocity, noise - x0)
+
+
+def flow_network(channels: int, size: int, classes: int) -> diffusers.UNet2DModel:
+    """Returns an untrained UNet of 0.64 million weights for images (channels, size, size); its last label is the null class."""
+    return diffusers.UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+        norm_num_groups=8,
+        num_class_embeds=classes + 1,
+    )
+
+
+def save_classifier(network: nn.Module, sizes: dict[str, int], out: Path) -> None:
+    """Stores a classifier in float16, and the arguments that it was made with."""
+    # One entry: safetensors writes several in random order, and the file's hash is the extractor's identity.
+    metadata = {"sizes": json.dumps(sizes)}
+    weights.write(out / "classifier.safetensors", network.half().state_dict(), metadata)
+
+
+def save_model(network: diffusers.UNet2DModel, out: Path) -> None:
+    """Stores a flow model in float16 as a diffusers pipeline; model_index.json comes last, so a folder that has it is whole."""
+    network.half().save_pretrained(out / "unet")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0).save_config(out / "scheduler")
+    index = {
+        "_class_name": "ClassConditionalPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    weights.write_bytes(out / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
 def build_images(name: str, out: Path) -> None:
     """Stores scikit-learn's digits, pixel v of 0..16 as ``floor((255 v + 8) / 16)``, and the split: 50 held out of each class."""
     from sklearn.datasets import load_digits
@@ -86,25 +164,17 @@ def build_images(name: str, out: Path) -> None:
 
 
 def build_classifier(name: str, out: Path) -> None:
-    """Trains the classifier on the training images, a little bent and noisy, with smoothed labels, and stores it in float16.
-
-    Smoothed labels bound the features, so that the Frechet distance in them is not ruled by the most certain images.
-    """
+    """Trains the classifier on the training images and stores it in float16."""
     torch.manual_seed(SEED)
     pixels, labels = assets.images(name)
     x = to_input(pixels)
-
-    def loss(network: nn.Module) -> Tensor:
-        pick = torch.randint(len(x), (BATCH,))
-        affine = torch.eye(2, 3) + 0.1 * torch.randn(BATCH, 2, 3)
-        grid = F.affine_grid(affine, [BATCH, *x.shape[1:]], align_corners=False)
-        bent = F.grid_sample(x[pick], grid, padding_mode="border", align_corners=False)
-        return F.cross_entropy(network(bent + 0.1 * torch.randn_like(bent)), labels[pick], label_smoothing=0.1)
-
-    network = train(Classifier(**CLASSIFIERS[name]), loss, CLASSIFIER_STEPS, f"{name}: classifier")
-    # One entry: safetensors writes several in random order, and the file's hash is the extractor's identity.
-    metadata = {"sizes": json.dumps(CLASSIFIERS[name])}
-    weights.write(out / "classifier.safetensors", network.half().state_dict(), metadata)
+    network = train(
+        Classifier(**CLASSIFIERS[name]),
+        lambda network: classifier_loss(network, x, labels),
+        CLASSIFIER_STEPS,
+        f"{name}: classifier",
+    )
+    save_classifier(network, CLASSIFIERS[name], out)
 
 
 def build_reference(name: str, out: Path) -> None:
@@ -131,44 +201,17 @@ def build_reference(name: str, out: Path) -> None:
 
 
 def build_model(name: str, out: Path) -> None:
-    """Trains the rectified flow (Liu et al. 2022): velocity ``eps - x0`` at ``(1 - s) x0 + s eps``, model time 1000 s.
-
-    The label is dropped (replaced by the null class) in 12% of the cases, for guidance; s is stratified over the batch.
-    """
+    """Trains the rectified flow on the training images and stores it as a diffusers pipeline."""
     torch.manual_seed(SEED)
     pixels, labels = assets.images(name)
     x, null = to_input(pixels), assets.num_classes(name)
-    unet = diffusers.UNet2DModel(
-        sample_size=x.shape[-1],
-        in_channels=x.shape[1],
-        out_channels=x.shape[1],
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        norm_num_groups=8,
-        num_class_embeds=null + 1,
+    network = train(
+        flow_network(x.shape[1], x.shape[-1], null),
+        lambda network: flow_loss(network, x, labels, null),
+        MODEL_STEPS[name],
+        f"{name}: flow model",
     )
-
-    def loss(network: nn.Module) -> Tensor:
-        pick = torch.randint(len(x), (BATCH,))
-        x0, noise = x[pick], torch.randn(BATCH, *x.shape[1:])
-        s = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
-        condition = labels[pick].masked_fill(torch.rand(BATCH) < LABEL_DROP, null)
-        velocity = network(x0.lerp(noise, s.view(-1, 1, 1, 1)), 1000 * s, condition).sample
-        return F.mse_loss(velocity, noise - x0)
-
-    network = train(unet, loss, MODEL_STEPS[name], f"{name}: flow model")
-    network.half().save_pretrained(out / "unet")
-    diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0).save_config(out / "scheduler")
-    index = {
-        "_class_name": "ClassConditionalPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    weights.write_bytes(out / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+    save_model(network, out)
 
 
 PARTS = {"images": build_images, "classifier": build_classifier, "reference": build_reference, "model": build_model}

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from flowkit.analytic import MixtureDenoiser as MixtureDenoiser
     from flowkit.distill import optimize_steps as optimize_steps
     from flowkit.grids import Grid as Grid
+    from flowkit.guidance import AdaptiveGuidance as AdaptiveGuidance
+    from flowkit.guidance import GradientGuidance as GradientGuidance
+    from flowkit.guidance import IntervalGuidance as IntervalGuidance
+    from flowkit.guidance import LinearAdaptiveGuidance as LinearAdaptiveGuidance
+    from flowkit.guidance import PolicyGuidance as PolicyGuidance
+    from flowkit.guidance import ProjectedGuidance as ProjectedGuidance
+    from flowkit.guidance import SecondModelGuidance as SecondModelGuidance
+    from flowkit.guidance import ZeroStarGuidance as ZeroStarGuidance
     from flowkit.hooks import Recorder as Recorder
     from flowkit.hooks import attach as attach
     from flowkit.pipelines import ClassConditionalPipeline as ClassConditionalPipeline
@@ -26,11 +34,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveGuidance": "flowkit.guidance",
     "ClassConditionalPipeline": "flowkit.pipelines",
+    "GradientGuidance": "flowkit.guidance",
     "Grid": "flowkit.grids",
+    "IntervalGuidance": "flowkit.guidance",
+    "LinearAdaptiveGuidance": "flowkit.guidance",
     "MixtureDenoiser": "flowkit.analytic",
+    "PolicyGuidance": "flowkit.guidance",
+    "ProjectedGuidance": "flowkit.guidance",
     "Recorder": "flowkit.hooks",
     "RectifiedFlowScheduler": "flowkit.schedulers",
+    "SecondModelGuidance": "flowkit.guidance",
+    "ZeroStarGuidance": "flowkit.guidance",
     "attach": "flowkit.hooks",
     "load_demo": "flowkit.pipelines",
     "optimize_steps": "flowkit.distill",
@@ -40,7 +56,7 @@ _HOMES = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
-_FOLDERS = ("distill", "eval", "pipelines", "schedulers")
+_FOLDERS = ("distill", "eval", "guidance", "hooks", "pipelines", "schedulers")
 __all__ = sorted((*_HOMES, *_FOLDERS))
 
 
