@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowkit.distill import optimize_steps as optimize_steps
     from flowkit.grids import Grid as Grid
     from flowkit.guidance import AdaptiveGuidance as AdaptiveGuidance
+    from flowkit.guidance import DynamicGuidance as DynamicGuidance
     from flowkit.guidance import GradientGuidance as GradientGuidance
     from flowkit.guidance import IntervalGuidance as IntervalGuidance
     from flowkit.guidance import LinearAdaptiveGuidance as LinearAdaptiveGuidance
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptiveGuidance": "flowkit.guidance",
     "ClassConditionalPipeline": "flowkit.pipelines",
+    "DynamicGuidance": "flowkit.guidance",
     "GradientGuidance": "flowkit.guidance",
     "Grid": "flowkit.grids",
     "IntervalGuidance": "flowkit.guidance",
