@@ -108,8 +108,8 @@ class ExactStats:
         beyond = x.abs() > self.bound
         if beyond.any():
             row, column = beyond.nonzero()[0].tolist()
-            raise ValueError(f"feature {column} of row {row} is {float(x[row, column]):.6g}, beyond the bound {self.bound:g} of the "
-                             "exact statistics; give them a larger bound, a power of two")  # fmt: skip
+            raise ValueError(f"feature {column} of row {row} is {float(x[row, column]):.6g}, beyond the bound {self.bound:g} of "
+                             "the exact statistics; give them a larger bound, a power of two")  # fmt: skip
         self._check_count(len(x))
         self.count += len(x)
         for piece in torch.round(x * (1 / self.grid)).float().split(_ROWS):  # a power of two: the product is exact
@@ -185,7 +185,7 @@ class ExactStats:
         metadata = {"format": _FORMAT, "count": json.dumps(self.count), "bound": json.dumps(self.bound)}
         if self.identity is not None:
             metadata["identity"] = json.dumps(dict(self.identity), sort_keys=True)
-        return {"sums": self.sums, "products": self.products.triu()}, metadata
+        return {"sums": self.sums, "products": self.products.triu_()}, metadata
 
     @classmethod
     def from_state(

@@ -16,7 +16,7 @@ Nothing is added to the diagonal and everything is float64, on the device of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -280,23 +280,3 @@ def jackknife_distances(chunks: Sequence[Accumulator], reference: FeatureStats |
         reference = FrechetReference.of(reference)
     for rest in leave_one_out(chunks):
         yield reference.distance(rest.stats(), overwrite=True)
-
-
-def jackknife_error(distances: Iterable[float]) -> float:
-    """Returns the standard error from delete-one values, ``sqrt((K-1)/K sum (d_k - mean d)^2)`` (Efron & Stein 1981).
-
-    It is cautious: on average not below the true one (their inequality), and above it where terms of second order matter,
-    that is where the distance is small (up to 1.9 times on the embedded digits).
-
-    Args:
-        distances: the distance with each chunk left out in turn, d_1 ... d_K.
-
-    Returns:
-        The standard error of the sampling noise; the bias of a finite N is not in it. NaN for fewer than two values.
-    """
-    values = list(distances)
-    count = len(values)
-    if count < 2:
-        return math.nan
-    mean = math.fsum(values) / count
-    return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in values))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from flowkit.eval.frechet import frechet_distance, frechet_terms, jackknife_distances, jackknife_error
+from flowkit.eval.frechet import frechet_distance, frechet_terms, jackknife_distances
+from flowkit.eval.intervals import jackknife_error
 from flowkit.eval.statistics import FeatureStats
 
 F8 = torch.float64
