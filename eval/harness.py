@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from flowkit.eval import provenance
 from flowkit.eval.features import FeatureExtractor
-from flowkit.eval.frechet import FrechetTerms, frechet_terms, jackknife_distances, jackknife_error
+from flowkit.eval.frechet import FrechetTerms, frechet_terms, jackknife_distances
+from flowkit.eval.intervals import jackknife_error
 from flowkit.eval.references import Extractor, Reference, match
 from flowkit.eval.statistics import FeatureStats, merged
 from flowkit.pipelines.sampling import Inputs, as_inputs, sample_images

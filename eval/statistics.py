@@ -5,13 +5,17 @@ Two sets with (n, m, M2) and (n', m', M2') and d = m' - m join into
     n + n',   m + d n'/(n + n'),   M2 + M2' + d d^T n n'/(n + n')
 
 (Chan, Golub & LeVeque 1983, equations 2.1). Nothing large is subtracted, so a large common mean costs no digits and any split
-into batches, ranks or restarts gives the same numbers to a few units in the last place.
+into batches, ranks or restarts gives the same numbers to a few units in the last place; the same bits only where the same
+batches come in the same order. So work that is cut into fixed blocks of sample indices, each summed alone and all merged in
+the order of their indices, gives the same bits on any number of processes. `flowkit.eval.exact.ExactStats` gives them for any
+split and order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import zipfile
@@ -19,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +32,43 @@ from torch import Tensor
 from flowkit import weights
 
 Identity = Mapping[str, str]
+# What flowkit.weights.write takes after the path and read returns: tensors and metadata.
+State = tuple[dict[str, Tensor], dict[str, str]]
+_FORMAT = "flowkit statistics"
+_STRIP = 256
+
+
+class Accumulator(Protocol):
+    """Sums of features that can be added to, merged and taken apart again: `FeatureStats` or `flowkit.eval.exact.ExactStats`."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of features n."""
+
+    @property
+    def dim(self) -> int:
+        """Their dimension d."""
+
+    def update(self, features: Tensor) -> None:
+        """Adds a batch (B, d), in place."""
+
+    def merge(self, other: Self) -> None:
+        """Adds another set, in place."""
+
+    def without(self, part: Self) -> Self:
+        """Returns the sums without those of a part."""
+
+    def copy(self) -> Self:
+        """Returns an independent copy."""
+
+    def state(self) -> State:
+        """Returns tensors and metadata for `flowkit.weights.write`."""
+
+    def stats(self) -> FeatureStats:
+        """Returns count, mean and centred second moment."""
+
+
+AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
 
 
 @dataclass(eq=False)
@@ -71,15 +112,7 @@ class FeatureStats:
             TypeError: for features that are not floating point.
             ValueError: for another dimension, or features that are not finite; the statistics are then unchanged.
         """
-        if not features.is_floating_point():
-            raise TypeError(f"features must be floating point, got {features.dtype}; convert with .float()")
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features must have shape (B, {self.dim}), got {tuple(features.shape)}")
-        x = features.detach().to(self.mean)
-        broken = ~x.isfinite().all(dim=1)
-        if broken.any():
-            raise ValueError(f"{int(broken.sum())} of {len(x)} feature vectors hold NaN or infinity (first: row "
-                             f"{int(broken.nonzero()[0])} of the batch); look at those images first")  # fmt: skip
+        x = check_features(features, self.dim).to(self.mean)
         if len(x):
             mean = x.mean(dim=0)
             self._add(len(x), mean, x - mean)
@@ -90,13 +123,33 @@ class FeatureStats:
         Raises:
             ValueError: for another dimension or another extractor.
         """
-        if other.dim != self.dim:
-            raise ValueError(f"cannot merge statistics of dimension {other.dim} into {self.dim}; use one extractor")
-        if other.identity != self.identity:
-            raise ValueError(f"cannot merge features of different extractors: {other.identity} into {self.identity}")
+        check_mergeable(self, other)
         if other._known_count():
             self._add(other._known_count(), other.mean.to(self.mean), self.mean.new_empty(0, self.dim))
             self.m2 += other.m2.to(self.m2)
+
+    def without(self, part: FeatureStats) -> FeatureStats:
+        """Returns the statistics of the features that are not in ``part``, by the joining equations solved for the rest.
+
+        They carry the rounding of the whole, about 1e-16 of its second moment: a direction in which only ``part`` varies keeps
+        that much variance of either sign, which the Frechet distance tells from a variance (`flowkit.eval.frechet`).
+
+        Args:
+            part: of the features in these statistics; unchanged.
+
+        Raises:
+            ValueError: for another dimension or extractor, or a part of more features than there are.
+        """
+        check_mergeable(self, part)
+        own, less = self._known_count(), part._known_count()
+        if less > own:
+            raise ValueError(f"cannot take {less} features out of {own}; pass a part of them")
+        if less == own:
+            return FeatureStats.empty(self.dim, self.identity, self.mean.device)
+        rest = self.mean + (self.mean - part.mean.to(self.mean)) * (less / (own - less))
+        shift = part.mean.to(self.mean) - rest
+        m2 = torch.sub(self.m2, part.m2.to(self.m2)).addr_(shift, shift, alpha=-less * (own - less) / own)
+        return FeatureStats(own - less, rest, m2, self.identity)
 
     def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
         own = self._known_count()
@@ -123,6 +176,10 @@ class FeatureStats:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}; add images")
         return self.m2 / (self.count - 1)
 
+    def stats(self) -> FeatureStats:
+        """Returns the statistics themselves, as `flowkit.eval.exact.ExactStats` returns its own."""
+        return self
+
     def copy(self) -> FeatureStats:
         """Returns an independent copy."""
         return FeatureStats(self.count, self.mean.clone(), self.m2.clone(), self.identity)
@@ -134,12 +191,42 @@ class FeatureStats:
             digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes a .safetensors file (tensors "mean" and "m2"; count, identity and torch version as metadata), atomically."""
-        metadata = {"format": "flowkit statistics", "count": json.dumps(self.count), "torch": str(torch.__version__)}
+    def state(self) -> State:
+        """Returns the tensors "mean" and "m2", and count, identity and torch version as metadata, for `flowkit.weights.write`."""
+        metadata = {"format": _FORMAT, "count": json.dumps(self.count), "torch": str(torch.__version__)}
         if self.identity is not None:
             metadata["identity"] = json.dumps(dict(self.identity), sort_keys=True)
-        weights.write(path, {"mean": self.mean, "m2": self.m2}, metadata)
+        return {"mean": self.mean, "m2": self.m2}, metadata
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str = "the state", prefix: str = ""
+    ) -> FeatureStats:
+        """Returns the statistics of a `state`.
+
+        Args:
+            tensors: as `flowkit.weights.read` returns them.
+            metadata: likewise.
+            source: what an error calls it, e.g. the file's name.
+            prefix: what the tensors' names begin with.
+
+        Raises:
+            ValueError: for a state that is not one of statistics, or whose numbers cannot be a covariance.
+        """
+        try:
+            mean, m2 = tensors[f"{prefix}mean"], tensors[f"{prefix}m2"]
+            count = json.loads(metadata["count"])
+        except KeyError as missing:
+            raise ValueError(
+                f"{source} is not a file of statistics (no {missing}); make one with FeatureStats.save"
+            ) from None
+        mean, m2 = as_moments(mean, m2, f"{source}: ", "m2")
+        identity = json.loads(metadata["identity"]) if "identity" in metadata else None
+        return cls(count, mean, m2, identity)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a .safetensors file of the `state`, atomically."""
+        weights.write(path, *self.state())
 
     @classmethod
     def load(cls, path: str | PathLike[str], prefix: str = "") -> FeatureStats:
@@ -153,17 +240,7 @@ class FeatureStats:
             FileNotFoundError: where there is no file.
             ValueError: for a file that is not one of statistics, or whose numbers cannot be a covariance.
         """
-        tensors, metadata = weights.read(path)
-        try:
-            mean, m2 = tensors[f"{prefix}mean"], tensors[f"{prefix}m2"]
-            count = json.loads(metadata["count"])
-        except KeyError as missing:
-            raise ValueError(
-                f"{path} is not a file of statistics (no {missing}); make one with FeatureStats.save"
-            ) from None
-        mean, m2 = as_moments(mean, m2, f"{path}: ", "m2")
-        identity = json.loads(metadata["identity"]) if "identity" in metadata else None
-        return cls(count, mean, m2, identity)
+        return cls.from_state(*weights.read(path), str(path), prefix)
 
     def to_npz(self, path: str | PathLike[str]) -> None:
         """Writes "mu" and "sigma" (float64) as pytorch-fid, clean-fid and EDM read them, and our count and identity beside."""
@@ -208,28 +285,55 @@ def _read_npz(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
         raise ValueError(f"{path} is not a plain .npz file of arrays ({error}); copy or make it again") from error
 
 
-def leave_one_out(chunks: Sequence[FeatureStats], rest: FeatureStats | None = None) -> Iterator[FeatureStats]:
-    """Yields, for each chunk, the statistics of ``rest`` and all other chunks.
+def leave_one_out(chunks: Sequence[AnyAccumulator]) -> Iterator[AnyAccumulator]:
+    """Yields, for each chunk, the sums of all the others: those of all without its own.
 
-    Only sums, no differences, so each result stays positive semidefinite: each half of the chunks is done with the other half
-    added to ``rest``. That takes K log2 K merges and holds log2 K matrices beside the K given.
+    Args:
+        chunks: at least two; each is read twice, so they may lie on disk (`flowkit.eval.spool.StatsSpool`).
+
+    Raises:
+        ValueError: for fewer than two chunks.
     """
-    if len(chunks) == 1:
-        if rest is None:
-            raise ValueError("leaving one of 1 chunk out leaves nothing; make at least 2 chunks")
-        yield rest
-        return
-    half = len(chunks) // 2
-    for own, others in ((chunks[:half], chunks[half:]), (chunks[half:], chunks[:half])):
-        yield from leave_one_out(own, merged(others if rest is None else [rest, *others]))
+    if len(chunks) < 2:
+        raise ValueError(f"leaving one of {len(chunks)} chunks out leaves nothing; make at least 2 chunks")
+    total = merged(chunks)
+    for chunk in chunks:
+        yield total.without(chunk)
 
 
-def merged(parts: Sequence[FeatureStats]) -> FeatureStats:
-    """Returns the statistics of all parts together, as a new object."""
+def merged(parts: Sequence[AnyAccumulator]) -> AnyAccumulator:
+    """Returns the sums of all parts together, merged in their order, as a new object."""
     total = parts[0].copy()
-    for part in parts[1:]:
+    for part in itertools.islice(parts, 1, None):
         total.merge(part)
     return total
+
+
+def check_features(features: Tensor, dim: int) -> Tensor:
+    """Returns features, detached, if they are floating point, (B, dim) and finite.
+
+    Raises:
+        TypeError: for features that are not floating point.
+        ValueError: for another shape, or numbers that are not finite.
+    """
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point, got {features.dtype}; convert with .float()")
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"features must have shape (B, {dim}), got {tuple(features.shape)}")
+    x = features.detach()
+    broken = ~x.isfinite().all(dim=1)
+    if broken.any():
+        raise ValueError(f"{int(broken.sum())} of {len(x)} feature vectors hold NaN or infinity (first: row "
+                         f"{int(broken.nonzero()[0])} of the batch); look at those images first")  # fmt: skip
+    return x
+
+
+def check_mergeable(own: Any, other: Any) -> None:  # noqa: ANN401
+    """Raises ValueError unless two sets of sums have one dimension and one extractor."""
+    if other.dim != own.dim:
+        raise ValueError(f"cannot merge statistics of dimension {other.dim} into {own.dim}; use one extractor")
+    if other.identity != own.identity:
+        raise ValueError(f"cannot merge features of different extractors: {other.identity} into {own.identity}")
 
 
 def as_moments(mean: Any, covariance: Any, source: str = "", name: str = "sigma") -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -250,6 +354,8 @@ def as_moments(mean: Any, covariance: Any, source: str = "", name: str = "sigma"
         (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).detach().squeeze()
         for value in (mean, covariance)
     )
+    if mu.device.type == "mps":  # has no float64
+        mu, sigma = mu.cpu(), sigma.cpu()
     if mu.is_complex() or sigma.is_complex():
         raise TypeError(f"{source}mean and {name} must be real, got {mu.dtype} and {sigma.dtype}")
     dim = mu.numel()
@@ -259,7 +365,9 @@ def as_moments(mean: Any, covariance: Any, source: str = "", name: str = "sigma"
     mu, sigma = mu.reshape(dim).to(torch.float64), sigma.reshape(dim, dim).to(torch.float64)
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{source}mean or {name} holds NaN or infinity; make the statistics again")
-    asymmetry, size = float((sigma - sigma.T).abs().max()), float(sigma.abs().max())
+    # In strips, for the memory: a whole difference of the size of Inception's takes 32 MiB.
+    asymmetry = max(float((sigma[i : i + _STRIP] - sigma.T[i : i + _STRIP]).abs().max()) for i in range(0, dim, _STRIP))
+    size = float(torch.linalg.vector_norm(sigma, torch.inf))
     if asymmetry > 1e-5 * size:
         raise ValueError(f"{source}{name} is not symmetric (largest difference {asymmetry:.3g}, largest entry {size:.3g}); "
                          "make the statistics again")  # fmt: skip

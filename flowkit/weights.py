@@ -113,17 +113,20 @@ def write(
         metadata: strings kept in the header.
     """
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata or {}))
-    write_bytes(path, _sorted_metadata(content))
+    header, data = _sorted_metadata(content)
+    with writing(path) as file:
+        file.write(header)
+        file.write(data)
 
 
-def _sorted_metadata(content: bytes) -> bytes:
-    """The same file with its metadata in order, which safetensors leaves to chance: equal contents are equal bytes."""
+def _sorted_metadata(content: bytes) -> tuple[bytes, memoryview]:
+    """The header with its metadata in order, which safetensors leaves to chance, and the data: equal contents, equal bytes."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[8 + size :]
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flowkit.eval.exact import ExactStats
+from flowkit.eval.frechet import FrechetReference
 from flowkit.eval.statistics import FeatureStats, leave_one_out, merged
 
 IDENTITY = {"name": "test", "weights": "abc"}
@@ -93,13 +95,25 @@ def test_leaving_a_chunk_out_equals_never_having_added_it(count: int) -> None:
     assert_is_batch(merged(chunks), x)
 
 
-def test_leaving_out_stays_positive_where_a_difference_would_not() -> None:
-    """Only one chunk varies along the first axis: without it that variance is exactly zero."""
+@pytest.mark.parametrize("kind", [FeatureStats, ExactStats])
+def test_a_direction_that_only_one_chunk_varies_in_is_gone_without_it(
+    kind: type[FeatureStats] | type[ExactStats],
+) -> None:
+    """Exact sums leave no trace of it; others leave rounding, which the distance takes for none."""
     parts = [draw(10, seed=k, offset=0.0) for k in range(8)]
     for part in parts[1:]:
         part[:, 0] = 0.25
-    rest = next(leave_one_out([collect(part) for part in parts]))
-    assert rest.covariance()[0, 0] == 0
+    chunks = []
+    for part in parts:
+        chunks.append(kind.empty(6))
+        chunks[-1].update(part)
+    rest = next(leave_one_out(chunks)).stats()
+    assert abs(rest.covariance()[0, 0]) <= (0 if kind is ExactStats else 1e-14)
+    x = torch.cat(parts[1:])
+    sound = FrechetReference.from_features(draw(50, seed=9, offset=0.0))
+    terms, expected = sound.terms_of(rest), sound.terms(x.mean(dim=0), torch.cov(x.T))
+    assert terms.rank2 == expected.rank2 == 5
+    assert terms.distance == pytest.approx(expected.distance, rel=1e-4 if kind is ExactStats else 1e-10)
 
 
 def test_one_chunk_cannot_be_left_out() -> None:
