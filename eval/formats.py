@@ -50,7 +50,7 @@ def read_statistics(path: str | PathLike[str]) -> list[FeatureStats]:
     path = Path(path)
     if path.suffix not in _KINDS:
         raise ValueError(f"{path} is no file of statistics; use one that ends with {', '.join(_KINDS)}")
-    if not path.is_file():
+    if path.suffix in FOREIGN and not path.is_file():
         raise FileNotFoundError(f"no statistics at {path}; check the path")
     readers: dict[str, Callable[[Path], list[FeatureStats]]] = {
         ".safetensors": lambda path: [FeatureStats.load(path)],
