@@ -25,8 +25,7 @@ class Decoding:
 
     Attributes:
         channels: of the result: 3 (greyscale is repeated) or 1 (colour is refused).
-        size: pixels along each side: the shorter side is resized to it by PIL's bicubic and the middle cut out, as the ADM and
-            DiT references are made. None leaves images as they are.
+        size: pixels along each side: see `flowkit.eval.resize.pil_crop`. None leaves images as they are.
         alpha: transparent images: "refuse"; "white" or "black" puts them on that ground; "drop" forgets the transparency, as
             torch-fidelity does.
         deep: images of 16 bits: "refuse", or "scale" by 255 / 65535, rounded. Other tools keep the upper byte or clip.
@@ -76,7 +75,9 @@ class Decoding:
     def image(self, image: Image.Image, name: str) -> Tensor:
         """Converts an image that is open. Arguments and result otherwise as for a file."""
         pixels = self._fit(self._levels(image, name), name)
-        return pixels if self.size is None else _crop(pixels, self.size)
+        if self.size is None:
+            return pixels
+        return resize.pil_crop(pixels[None].float(), self.size)[0].to(torch.uint8).contiguous()
 
     def _levels(self, image: Image.Image, name: str) -> Tensor:
         """8-bit values, (H, W) or (H, W, 3)."""
@@ -111,12 +112,3 @@ class Decoding:
                 raise ValueError(f"{name} is in colour where channels=1; pass channels=3, or convert it first")
             return pixels[None, ..., 0].contiguous()
         return pixels.permute(2, 0, 1).contiguous()
-
-
-def _crop(pixels: Tensor, size: int) -> Tensor:
-    height, width = pixels.shape[1:]
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-    x = resize.pil_bicubic(pixels[None].float(), shape)[0]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return x[:, top : top + size, left : left + size].to(torch.uint8).contiguous()

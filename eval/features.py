@@ -148,8 +148,11 @@ def create(identity: Mapping[str, str], device: torch.device | str = "cpu") -> F
 
     Raises:
         ValueError: for an extractor that is not one of flowkit's, or one that the identity does not describe in full.
-        FileNotFoundError: for one of Inception's without its weights on this machine.
+        FileNotFoundError: for a network without its weights on this machine.
+        ImportError: for DINOv2 or CLIP without transformers.
     """
+    from flowkit.eval.clip import ClipExtractor
+    from flowkit.eval.dino import DinoExtractor
     from flowkit.eval.inception import PRESETS, InceptionExtractor
 
     try:
@@ -158,13 +161,19 @@ def create(identity: Mapping[str, str], device: torch.device | str = "cpu") -> F
                 return ClassifierExtractor(identity["dataset"], device)
             case "pixels":
                 return PixelExtractor(int(identity["channels"]), int(identity["grid"]), device)
+            case "fd-dinov2":
+                rounded = not identity.get("preprocessing", "").startswith("antialiased_bicubic")
+                return DinoExtractor(device=device, rounded=rounded)
+            case "cmmd" | "clip":
+                return ClipExtractor(device=device, preset=identity["name"])
             case name if name in PRESETS:
                 return InceptionExtractor(device=device, preset=name, layer=identity.get("layer", "2048"))
     except KeyError as missing:
         raise ValueError(f"the extractor {identity.get('name')!r} cannot be built by name alone (no {missing}); pass the "
                          "extractor itself, e.g. extractor=PixelExtractor(channels=3)") from None  # fmt: skip
     raise ValueError(
-        f"unknown extractor {identity['name']!r}; choose classifier, pixels, {', '.join(PRESETS)}, or pass the extractor itself"
+        f"unknown extractor {identity['name']!r}; choose classifier, pixels, {', '.join(PRESETS)}, fd-dinov2, cmmd or clip, or "
+        "pass the extractor itself"
     )
 
 

@@ -65,6 +65,11 @@ def bicubic(x: Tensor, size: int) -> Tensor:
     return F.interpolate(x, (size, size), mode="bicubic")
 
 
+def antialiased_bicubic(x: Tensor, size: int) -> Tensor:
+    """EDM2's resize for DINOv2: torch's antialiased bicubic of floats, not clamped. Arguments and result as `clean`'s."""
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+
+
 def pil_bicubic(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     """PIL's bicubic of 8-bit images, bit for bit: antialiased, rounded to whole levels after each of its two passes.
 
@@ -86,6 +91,23 @@ def pil_bicubic(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     return y.to(x.dtype)
 
 
+def pil_crop(x: Tensor, size: int) -> Tensor:
+    """The shorter side resized to ``size`` by PIL's bicubic and the middle cut out: torchvision's Resize and CenterCrop, CLIP's.
+
+    Args:
+        x: whole levels as float (B, C, H, W).
+        size: pixels n along each side of the result.
+
+    Returns:
+        (B, C, n, n), whole levels, same dtype.
+    """
+    height, width = x.shape[2:]
+    short = min(height, width)
+    height, width = size * height // short, size * width // short
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return pil_bicubic(x, (height, width))[:, :, top : top + size, left : left + size]
+
+
 def none(x: Tensor, size: int) -> Tensor:
     """No resizing: images of another size are refused.
 
@@ -100,7 +122,8 @@ def none(x: Tensor, size: int) -> Tensor:
 
 
 RESIZERS: dict[str, Resizer] = {
-    rule.__name__: rule for rule in (tf1, clean, bilinear, antialiased, bicubic, pil_bicubic, none)
+    rule.__name__: rule
+    for rule in (tf1, clean, bilinear, antialiased, bicubic, antialiased_bicubic, pil_bicubic, pil_crop, none)
 }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from collections.abc import Mapping
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +122,74 @@ def load(network: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> 
     except RuntimeError as error:
         raise ValueError(f"{source} does not hold TF-Inception's tensors ({' '.join(str(error).split())[:200]}); use "
                          f"{FILES[0]}") from error  # fmt: skip
+
+
+def transformers() -> Any:  # noqa: ANN401
+    """Returns the transformers library.
+
+    Raises:
+        ImportError: where it is not installed, with the line that installs it.
+    """
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            "DINOv2 and CLIP need transformers; pip install 'flowkit-diffusion[text]', or choose an Inception extractor"
+        ) from error
+
+
+def find_folder(path: str | PathLike[str] | None, repo: str, maker: str) -> Path:
+    """Returns the folder of a model as transformers saves it.
+
+    Args:
+        path: the folder. None looks for ``repo`` in the Hugging Face cache.
+        repo: the model's name on the hub.
+        maker: the class to name in errors.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    folders = sorted(cache.glob("*")) if path is None else [Path(path)]
+    for folder in folders:
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return folder
+    searched = f"the Hugging Face cache ({cache})" if path is None else str(path)
+    raise FileNotFoundError(
+        f"the weights of {repo} are not in {searched}: put its config.json and model.safetensors into a folder and pass "
+        f"{maker}(folder), or fetch them once with: hf download {repo}"
+    )
+
+
+def load_transformer(kind: str, path: str | PathLike[str] | None, repo: str, maker: str) -> Any:  # noqa: ANN401
+    """Returns a model of transformers, float32, in inference mode, from local safetensors files.
+
+    Args:
+        kind: its class, "Dinov2Model".
+        path: see `find_folder`, as are repo and maker.
+        repo: the model's name on the hub.
+        maker: the class to name in errors.
+
+    Raises:
+        FileNotFoundError: where there are no weights.
+        ImportError: without transformers.
+        ValueError: for a broken file, or weights of another model.
+    """
+    folder = find_folder(path, repo, maker)
+    for file in folder.glob("*.safetensors"):
+        weights.check(file)
+    found = json.loads((folder / "config.json").read_text()).get("model_type")
+    wanted = getattr(transformers(), kind).config_class.model_type
+    if found != wanted:
+        raise ValueError(f"{folder} holds a model of type {found!r}, not {wanted!r}; use {repo}")
+    model, report = getattr(transformers(), kind).from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of {kind} (first: {missing[0]}); copy its files again")
+    return model.eval().requires_grad_(False)
 
 
 def content_hash(state: Mapping[str, Tensor]) -> str:

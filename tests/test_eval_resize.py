@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torchvision import transforms
 
 from flowkit.eval import resize
 
@@ -98,15 +99,32 @@ def test_linear_rules_are_the_formula(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(rule(x, 30), factors[0] @ x @ factors[1].T, rtol=0, atol=1e-4)
 
 
+# Of a square that is enlarged: nothing to antialias, nothing to cut; and clean only clamps what EDM2's leaves.
+SAME = ("none", "antialiased", "pil_crop", "antialiased_bicubic")
+
+
 def test_rules_differ_where_the_tools_do() -> None:
     """Table 2.2: root mean squares of differences on noise are levels, not rounding."""
     x = levels(64, 64)
-    results = [rule(x, 299) for name, rule in resize.RESIZERS.items() if name not in ("none", "antialiased")]
+    results = [rule(x, 299) for name, rule in resize.RESIZERS.items() if name not in SAME]
     for i, one in enumerate(results):
         for other in results[:i]:
             assert (one - other).square().mean().sqrt() > 0.1
-    # Nothing to antialias when enlarging.
     torch.testing.assert_close(resize.antialiased(x, 299), resize.bilinear(x, 299), rtol=0, atol=1e-3)
+    assert torch.equal(resize.pil_crop(x, 299), resize.pil_bicubic(x, 299))
+    unclamped = resize.antialiased_bicubic(x, 299)
+    assert unclamped.min() < -1
+    torch.testing.assert_close(unclamped.clamp(0, 255), resize.clean(x, 299), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(30, 47), (47, 30), (16, 16), (21, 20)])
+def test_crop_is_torchvisions(shape: tuple[int, int]) -> None:
+    x = levels(*shape)
+    picture = Image.fromarray(x[0].permute(1, 2, 0).to(torch.uint8).numpy())
+    resized = transforms.Resize(16, transforms.InterpolationMode.BICUBIC)(picture)
+    rows = picture.resize((resized.width, picture.height), Image.Resampling.BICUBIC)  # rows first, see pil_bicubic
+    expected = transforms.CenterCrop(16)(rows.resize(resized.size, Image.Resampling.BICUBIC))
+    assert torch.equal(resize.pil_crop(x, 16)[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1).float())
 
 
 def test_same_size_is_the_same_image() -> None:
