@@ -34,11 +34,16 @@ class Net(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.conv(x)).mean(dim=(2, 3))
+        features: Tensor = self.drop(self.conv(x)).mean(dim=(2, 3))
+        return features
 
 
 def flat(x: Tensor) -> Tensor:
     return x.flatten(1)
+
+
+def pair(x: Tensor) -> Any:
+    return x, x
 
 
 # Any network.
@@ -88,7 +93,7 @@ def test_a_function_and_its_identity() -> None:
             ValueError,
             r"f returned shape \(1, 3, 4, 4\) for 1 images",
         ),
-        (lambda: ModuleExtractor(lambda x: (x,), "f", size=4, weights=""), TypeError, "f returned tuple"),
+        (lambda: ModuleExtractor(pair, "f", size=4, weights=""), TypeError, "f returned tuple"),
         (lambda: ModuleExtractor(Net(), "f", size=4)(noise(1, 2, 4, 4)), ValueError, "images of 3 channels, got 2"),
         (lambda: ModuleExtractor(Net(), "f", size=4)(torch.rand(1, 3, 4, 4)), TypeError, "must be uint8"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-from torchvision import transforms
 
 from flowkit.eval import resize
+
+transforms = importlib.import_module("torchvision.transforms")  # without types
 
 SIZES = [
     (32, 32),
