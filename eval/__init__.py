@@ -1,5 +1,7 @@
 """Evaluation: statistics of features, distances between them, and reports that people can check."""
 
+from flowkit.eval.clip import ClipExtractor as ClipExtractor
+from flowkit.eval.dino import DinoExtractor as DinoExtractor
 from flowkit.eval.features import ClassifierExtractor as ClassifierExtractor
 from flowkit.eval.features import FeatureExtractor as FeatureExtractor
 from flowkit.eval.features import PixelExtractor as PixelExtractor
@@ -7,5 +9,6 @@ from flowkit.eval.frechet import frechet_distance as frechet_distance
 from flowkit.eval.harness import Result as Result
 from flowkit.eval.harness import evaluate as evaluate
 from flowkit.eval.inception import InceptionExtractor as InceptionExtractor
+from flowkit.eval.networks import ModuleExtractor as ModuleExtractor
 from flowkit.eval.report import write_report as write_report
 from flowkit.eval.statistics import FeatureStats as FeatureStats

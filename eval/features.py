@@ -7,8 +7,9 @@ its `identity`, a dictionary of strings that goes into every file and result and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Protocol
 
 import torch
@@ -36,6 +37,45 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns features, float32 (B, d), of images, uint8 (B, C, H, W)."""
+
+
+class LayeredExtractor(FeatureExtractor, Protocol):
+    """An extractor that can return several layers from one pass, so that metrics share it."""
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """The dimension of each layer, by name."""
+
+    def features(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Returns features, (B, d) by layer, of images, uint8 (B, C, H, W)."""
+
+
+class Layer:
+    """One layer of an extractor, as an extractor of its own that shares the network.
+
+    Args:
+        parent: the extractor.
+        layer: of its `layers`.
+    """
+
+    def __init__(self, parent: LayeredExtractor, layer: str) -> None:
+        check_layers((layer,), parent.layers)
+        self.parent, self._layer = parent, layer
+        self.name, self.dim = f"{parent.name}/{layer}", parent.layers[layer]
+        self.identity = {**parent.identity, "layer": layer}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns features, (B, dim), of images, uint8 (B, C, H, W)."""
+        return self.parent.features(images, (self._layer,))[self._layer]
+
+
+def check_layers(layers: Sequence[str], known: Mapping[str, int]) -> None:
+    """Raises ValueError for no layer, or for one that is not known."""
+    if not layers or isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names, got {layers!r}; choose of {', '.join(known)}")
+    for layer in layers:
+        if layer not in known:
+            raise ValueError(f"unknown layer {layer!r}; choose {', '.join(known)}")
 
 
 class ClassifierExtractor:
@@ -108,9 +148,12 @@ def create(identity: Mapping[str, str], device: torch.device | str = "cpu") -> F
 
     Raises:
         ValueError: for an extractor that is not one of flowkit's, or one that the identity does not describe in full.
-        FileNotFoundError: for "fid-tf" without its weights on this machine.
+        FileNotFoundError: for a network without its weights on this machine.
+        ImportError: for DINOv2 or CLIP without transformers.
     """
-    from flowkit.eval.inception import InceptionExtractor
+    from flowkit.eval.clip import ClipExtractor
+    from flowkit.eval.dino import DinoExtractor
+    from flowkit.eval.inception import PRESETS, InceptionExtractor
 
     try:
         match identity["name"]:
@@ -118,14 +161,41 @@ def create(identity: Mapping[str, str], device: torch.device | str = "cpu") -> F
                 return ClassifierExtractor(identity["dataset"], device)
             case "pixels":
                 return PixelExtractor(int(identity["channels"]), int(identity["grid"]), device)
-            case "fid-tf":
-                return InceptionExtractor(device=device)
+            case "fd-dinov2":
+                rounded = not identity.get("preprocessing", "").startswith("antialiased_bicubic")
+                return DinoExtractor(device=device, rounded=rounded)
+            case "cmmd" | "clip":
+                return ClipExtractor(device=device, preset=identity["name"])
+            case name if name in PRESETS:
+                return InceptionExtractor(device=device, preset=name, layer=identity.get("layer", "2048"))
     except KeyError as missing:
         raise ValueError(f"the extractor {identity.get('name')!r} cannot be built by name alone (no {missing}); pass the "
                          "extractor itself, e.g. extractor=PixelExtractor(channels=3)") from None  # fmt: skip
     raise ValueError(
-        f"unknown extractor {identity['name']!r}; choose classifier, pixels or fid-tf, or pass the extractor itself"
+        f"unknown extractor {identity['name']!r}; choose classifier, pixels, {', '.join(PRESETS)}, fd-dinov2, cmmd or clip, or "
+        "pass the extractor itself"
     )
+
+
+# What may differ between comparable features: float32's rounding, which the record shows. Everything else is refused.
+_NOTED = ("mode", "versions")
+
+
+def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    """Returns what makes features of two identities incomparable, or None where they compare.
+
+    Modes of one float32 computation and versions of libraries move features by rounding only: they are recorded, not compared.
+    """
+    keys = sorted(k for k in theirs.keys() | ours.keys() if k not in _NOTED and theirs.get(k) != ours.get(k))
+    if not keys:
+        return None
+    key = "name" if "name" in keys else keys[0]
+    return f"its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}"
+
+
+def library_versions(*packages: str) -> str:
+    """Returns versions for an identity: ``"torch 2.11.0, onnxruntime 1.22.0"``."""
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def check_images(images: Tensor) -> Tensor:

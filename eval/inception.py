@@ -1,160 +1,273 @@
-"""TF-Inception, the extractor of the FID: torch-fidelity's network with weights found on this machine, never downloaded."""
+"""TF-Inception, the extractor of the FID, as each evaluation tool uses it: they differ in how they resize and scale."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from flowkit import weights
-from flowkit.eval.features import check_images, full_float32
+from flowkit.eval import resize, trunk, weight_files
+from flowkit.eval.features import Layer, check_images, check_layers, full_float32, library_versions
+from flowkit.eval.onnx_graph import to_onnx
+from flowkit.eval.resize import Resizer
 
-# torch-fidelity and pytorch-fid publish the same tensors under two names; both end with the start of the file's hash.
-HASH = "6726825d"
-FILES = (f"weights-inception-2015-12-05-{HASH}.pth", f"pt_inception-2015-12-05-{HASH}.pth")
+SIZE = 299
+MODES = ("reference", "fast", "compiled", "onnx")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Images at a time in compiled code, which is made for one batch size: smaller batches are filled up.
+BATCH = 16
 
 
-class _Network(fidelity.FeatureExtractorInceptionV3):
-    """torch-fidelity's network and forward pass, without its constructor: that one downloads and unpickles."""
+class Preset(NamedTuple):
+    """What a tool does to images before the network: ``(x - shift) / scale`` after resizing levels 0 ... 255 to 299x299."""
 
-    def __init__(self) -> None:
-        FeatureExtractorBase.__init__(self, "inception-v3-compat", ["2048"])
-        self.feature_extractor_internal_dtype = torch.float32
-        conv = fidelity.BasicConv2d
-        self.Conv2d_1a_3x3 = conv(3, 32, kernel_size=3, stride=2)
-        self.Conv2d_2a_3x3 = conv(32, 32, kernel_size=3)
-        self.Conv2d_2b_3x3 = conv(32, 64, kernel_size=3, padding=1)
-        self.MaxPool_1 = nn.MaxPool2d(kernel_size=3, stride=2)
-        self.Conv2d_3b_1x1 = conv(64, 80, kernel_size=1)
-        self.Conv2d_4a_3x3 = conv(80, 192, kernel_size=3)
-        self.MaxPool_2 = nn.MaxPool2d(kernel_size=3, stride=2)
-        self.Mixed_5b = fidelity.InceptionA(192, pool_features=32)
-        self.Mixed_5c = fidelity.InceptionA(256, pool_features=64)
-        self.Mixed_5d = fidelity.InceptionA(288, pool_features=64)
-        self.Mixed_6a = fidelity.InceptionB(288)
-        self.Mixed_6b = fidelity.InceptionC(768, channels_7x7=128)
-        self.Mixed_6c = fidelity.InceptionC(768, channels_7x7=160)
-        self.Mixed_6d = fidelity.InceptionC(768, channels_7x7=160)
-        self.Mixed_6e = fidelity.InceptionC(768, channels_7x7=192)
-        self.Mixed_7a = fidelity.InceptionD(768)
-        self.Mixed_7b = fidelity.InceptionE_1(1280)
-        self.Mixed_7c = fidelity.InceptionE_2(2048)
-        self.AvgPool = nn.AdaptiveAvgPool2d(output_size=(1, 1))
-        self.fc = nn.Linear(2048, 1008)
+    identity: str
+    resizer: str
+    shift: float
+    scale: float
+    preprocessing: str
+
+
+_TF = Preset("fid-tf", "tf1", 128.0, 128.0, "TF1 bilinear 299, (x - 128) / 128")
+PRESETS = {
+    "fid-tf": _TF,
+    # The same network and preprocessing in TensorFlow itself, so the same features: its statistics compare with fid-tf's.
+    "adm": _TF,
+    "fid-clean": Preset("fid-clean", "clean", 128.0, 128.0, "PIL float bicubic 299, clamped, (x - 128) / 128"),
+    "fid-pytorch": Preset("fid-pytorch", "bilinear", 127.5, 127.5, "torch bilinear 299, x / 127.5 - 1"),
+    "fid-torchmetrics": Preset(
+        "fid-torchmetrics", "antialiased", 128.0, 128.0, "torch antialiased bilinear 299, (x - 128) / 128"
+    ),
+}
 
 
 class InceptionExtractor:
-    """The 2048 pooled features of TF-Inception, as torch-fidelity and EDM compute them ("fid-tf").
-
-    Images are resized to 299x299 by TensorFlow 1's bilinear rule and scaled by ``(x - 128) / 128``; greyscale images are
-    repeated over the three channels.
+    """TF-Inception's features of uint8 images, greyscale ones repeated over the three channels.
 
     Args:
-        path: the weight file: one of `FILES`, whose sha256 must begin with `HASH`, or the same tensors in a .safetensors file.
-            None looks in torch hub's folder (TORCH_HOME) and in the Hugging Face cache.
+        path: the weight file, see `flowkit.eval.weight_files.read_weights`. None looks in torch hub's folder (TORCH_HOME) and in
+            the Hugging Face cache.
         device: where to compute.
+        preset: whose figures to repeat: "fid-tf" (torch-fidelity, EDM), "adm" (the same features; also "spatial" for the sFID
+            and "logits_unbiased" for the Inception score), "fid-clean", "fid-pytorch" or "fid-torchmetrics".
+        layer: of `flowkit.eval.trunk.LAYERS`, what a call returns: "2048" (pooled), "64", "192", "768", "spatial",
+            "logits_unbiased" or "logits". `features` returns any of them in one pass.
+        mode: "reference" is torch-fidelity's computation bit for bit; "fast" folds the batch norms and stores channels last, to
+            float32's rounding; "compiled" is that through torch.compile (a minute or more at the start); "onnx" through
+            onnxruntime, on the CPU.
+        dtype: "float32"; "float64" (features are then float64; "reference" or "fast"); or "bfloat16", a preview whose figures
+            do not compare with others ("fast" or "compiled").
+        cache: folder for compiled code, for "compiled". None leaves torch's choice.
+
+    Attributes:
+        layers: the dimension of each layer that `features` can return.
 
     Raises:
-        FileNotFoundError: where there is no such file; names it and says where to put it. Nothing is downloaded.
-        ValueError: for a file of another hash or format, or with other tensors.
+        FileNotFoundError: where there is no weight file; names it and says where to put it. Nothing is downloaded.
+        ImportError: for "onnx" without onnxruntime.
+        ValueError: for an unknown name or a combination that does not exist, and for a file of another hash or with other
+            tensors.
     """
 
-    name = "fid-tf"
-    dim = 2048
+    layers: Mapping[str, int] = trunk.LAYERS
 
-    def __init__(self, path: str | PathLike[str] | None = None, device: torch.device | str = "cpu") -> None:
-        path = find_weights() if path is None else Path(path)
-        self._build(_read(path), str(path), device)
+    def __init__(
+        self,
+        path: str | PathLike[str] | None = None,
+        device: torch.device | str = "cpu",
+        preset: str = "fid-tf",
+        layer: str = "2048",
+        mode: str = "fast",
+        dtype: str = "float32",
+        cache: str | PathLike[str] | None = None,
+    ) -> None:
+        _check_options(preset, layer, mode, dtype, torch.device(device), cache)
+        path = weight_files.find_weights() if path is None else Path(path)
+        self._build(weight_files.read_weights(path), str(path), device, preset, layer, mode, dtype, cache)
 
     @classmethod
-    def random(cls, seed: int = 0, device: torch.device | str = "cpu") -> InceptionExtractor:
-        """Returns the network with random weights (He et al. 2015), for tests and timing; its figures mean nothing else."""
+    def random(cls, seed: int = 0, device: torch.device | str = "cpu", **options: Any) -> InceptionExtractor:  # noqa: ANN401
+        """Returns the network with random weights (He et al. 2015), for tests and timing; its figures mean nothing else.
+
+        Args:
+            seed: of the weights.
+            device: where to compute.
+            **options: preset, layer, mode, dtype and cache, as for the class.
+        """
+        options = {"preset": "fid-tf", "layer": "2048", "mode": "fast", "dtype": "float32", "cache": None} | options
+        _check_options(device=torch.device(device), **options)
         self = cls.__new__(cls)
-        self._build(random_weights(seed), f"random, seed {seed}", device)
+        self._build(random_weights(seed), f"random, seed {seed}", device, **options)
         return self
 
-    def _build(self, state: Mapping[str, Tensor], source: str, device: torch.device | str) -> None:
+    def _build(
+        self,
+        state: Mapping[str, Tensor],
+        source: str,
+        device: torch.device | str,
+        preset: str,
+        layer: str,
+        mode: str,
+        dtype: str,
+        cache: str | PathLike[str] | None,
+    ) -> None:
         with torch.device("meta"):
-            network = _Network()
-        try:
-            network.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{source} does not hold TF-Inception's tensors ({' '.join(str(error).split())[:200]}); use "
-                             f"{FILES[0]}") from error  # fmt: skip
-        self.network = network.to(device, torch.float32).eval().requires_grad_(False)
-        self.device = device
+            network = trunk.Trunk()
+        # Copies, since folding changes a network's weights and a caller's state dict is not ours to change.
+        weight_files.load(network, {name: tensor.clone() for name, tensor in state.items()}, source)
+        network = network.to(device, torch.float32).eval().requires_grad_(False)
+        if mode != "reference":
+            network = trunk.fold(network)
+        self.network = network.to(DTYPES[dtype])
+        self.name, self.dim, self.device = preset, trunk.LAYERS[layer], device
+        self._preset, self._layer, self._dtype = PRESETS[preset], layer, DTYPES[dtype]
+        self._resize = _torch_fidelitys_tf1 if mode == "reference" and preset in ("fid-tf", "adm") else None
+        self._mode, self._cache, self._compiled = (
+            mode,
+            cache,
+            dict[tuple[str, ...], Callable[[Tensor], Sequence[Tensor]]](),
+        )
         self.identity = {
-            "name": self.name,
-            "weights": _content_hash(state),
-            "preprocessing": "TF1 bilinear 299, (x - 128) / 128",
-            "layer": "2048",
-            "dtype": "float32",
+            "name": self._preset.identity,
+            "weights": weight_files.content_hash(state),
+            "preprocessing": self._preset.preprocessing,
+            "layer": layer,
+            "dtype": dtype if dtype != "bfloat16" else "bfloat16 (preview)",
+            "tf32": "off",
+            "mode": mode,
+            "versions": library_versions("torch", *(["onnxruntime"] if mode == "onnx" else [])),
         }
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Returns features, float32 (B, 2048), of images, uint8 (B, 1 or 3, H, W)."""
+        """Returns features, float32 (B, dim), of images, uint8 (B, 1 or 3, H, W)."""
+        return self.features(images, (self._layer,))[self._layer]
+
+    def layer(self, name: str) -> Layer:
+        """Returns an extractor of another layer that shares this one's network."""
+        return Layer(self, name)
+
+    def features(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Returns several layers from one pass.
+
+        Args:
+            images: uint8 (B, 1 or 3, H, W).
+            layers: of `layers`.
+
+        Returns:
+            Features by layer, (B, d), float32 (float64 where that is the dtype).
+        """
+        check_layers(layers, self.layers)
+        with torch.no_grad(), full_float32():
+            x = self.preprocess(images)
+            needed = trunk.stages(layers)
+            activations = self._run(x.to(self._dtype), needed)
+            if self._dtype == torch.bfloat16:
+                activations = [a.float() for a in activations]
+            fc = self.network.fc if self._dtype != torch.bfloat16 else self.network.fc.float()
+            return trunk.heads(dict(zip(needed, activations, strict=True)), layers, fc)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Returns what the network sees, (B, 3, 299, 299), of images, uint8 (B, 1 or 3, H, W)."""
         if check_images(images).shape[1] not in (1, 3):
             raise ValueError(
                 f"Inception takes 1 or 3 channels, got {images.shape[1]}; composite alpha onto a background first"
             )
-        with torch.no_grad(), full_float32():
-            features: Tensor = self.network(images.expand(-1, 3, -1, -1).to(self.device))[0]
-        return features
+        x = images.to(self.device).to(torch.float64 if self._dtype == torch.float64 else torch.float32)
+        resizer: Resizer = self._resize or resize.resizer(self._preset.resizer)
+        # Resized before it is repeated: a third of the work for greyscale.
+        x = (resizer(x, SIZE) - self._preset.shift) / self._preset.scale
+        return x.expand(-1, 3, -1, -1)
+
+    def _run(self, x: Tensor, needed: tuple[str, ...]) -> Sequence[Tensor]:
+        if self._mode == "reference":
+            activations: tuple[Tensor, ...] = self.network(x, needed)
+            return activations
+        if self._mode == "fast":
+            activations = self.network(x.contiguous(memory_format=torch.channels_last), needed)
+            return activations
+        if needed not in self._compiled:
+            stage = _Stages(self.network, needed)
+            self._compiled[needed] = _onnx(stage) if self._mode == "onnx" else _inductor(stage, self._cache)
+        pieces = [self._compiled[needed](piece) for piece in x.split(BATCH)]
+        return [torch.cat(own) for own in zip(*pieces, strict=True)]
 
 
-def weight_folders() -> list[Path]:
-    """Returns the folders that are searched: torch hub's, then every snapshot of the Hugging Face cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+class _Stages(torch.nn.Module):
+    """The network with its outputs chosen, as compilers want it."""
 
-    return [Path(torch.hub.get_dir()) / "checkpoints", *sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*"))]
+    def __init__(self, network: trunk.Trunk, needed: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.needed = network, needed
 
-
-def find_weights() -> Path:
-    """Returns the weight file.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
-    folders = weight_folders()
-    names = [name for file in FILES for name in (file, file.replace(".pth", ".safetensors"))]
-    for path in (folder / name for folder in folders for name in names):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"TF-Inception weights are not on this machine: put {FILES[0]} (from {fidelity.URL_INCEPTION_V3}) into {folders[0]}, "
-        f"or pass InceptionExtractor(path); searched there and in {len(folders) - 1} snapshots of the Hugging Face cache"
-    )
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.network(x, self.needed)
+        return outputs
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return weights.read(path)[0]
-    if path.suffix != ".pth":
-        raise ValueError(
-            f"{path}: Inception weights are read from .safetensors or {FILES[0]} only; convert the file first"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at {path}; check the path")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(HASH):
-        raise ValueError(
-            f"{path} has sha256 {found[:8]}..., not {HASH}...; it is cut short or another file, copy it again"
-        )
-    state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+def _inductor(network: _Stages, cache: str | PathLike[str] | None) -> Callable[[Tensor], Sequence[Tensor]]:
+    if cache is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+
+    def run(x: Tensor) -> Sequence[Tensor]:
+        filled = torch.cat([x, x.new_zeros(BATCH - len(x), *x.shape[1:])]) if len(x) < BATCH else x
+        return [y[: len(x)] for y in compiled(filled.contiguous(memory_format=torch.channels_last))]
+
+    return run
+
+
+def _onnx(network: _Stages) -> Callable[[Tensor], Sequence[Tensor]]:
+    onnxruntime = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(to_onnx(network, SIZE), options, providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.contiguous().numpy()})]
+
+
+def _torch_fidelitys_tf1(x: Tensor, size: int) -> Tensor:
+    resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(x, size=(size, size), align_corners=False)
+    return resized
+
+
+def _check_options(
+    preset: str, layer: str, mode: str, dtype: str, device: torch.device, cache: str | PathLike[str] | None
+) -> None:
+    for name, value, known in (
+        ("preset", preset, PRESETS),
+        ("layer", layer, trunk.LAYERS),
+        ("mode", mode, MODES),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose {', '.join(known)}")
+    able = {"reference": ("float32", "float64"), "compiled": ("float32", "bfloat16"), "onnx": ("float32",)}
+    if dtype not in able.get(mode, DTYPES):
+        raise ValueError(f"mode {mode!r} does not compute in {dtype}; choose {' or '.join(able[mode])}, or mode='fast'")
+    if cache is not None and mode != "compiled":
+        raise ValueError(f"cache={str(cache)!r} is for compiled code, mode is {mode!r}; leave it out")
+    if mode == "onnx":
+        if device.type != "cpu":
+            raise ValueError(f"mode 'onnx' computes on the CPU, got device {str(device)!r}; choose mode='fast'")
+        try:
+            import_module("onnxruntime")
+        except ImportError as error:
+            raise ImportError(
+                "mode 'onnx' needs onnxruntime; pip install 'flowkit-diffusion[onnx]', or choose mode='fast'"
+            ) from error
 
 
 def random_weights(seed: int) -> dict[str, Tensor]:
     """Returns a state dict for the network: convolutions normal with variance 2 / fan-in, batch norms neutral."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in _Network().state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in trunk.Trunk().state_dict().items()}
     state = {}
     for name, shape in shapes.items():
         if name.endswith(("conv.weight", "fc.weight")):
@@ -166,12 +279,3 @@ def random_weights(seed: int) -> dict[str, Tensor]:
                 shape, dtype=torch.int64 if name.endswith("num_batches_tracked") else torch.float32
             )
     return state
-
-
-def _content_hash(state: Mapping[str, Tensor]) -> str:
-    """Hash of names and values, so that .pth and .safetensors files of the same weights are the same extractor."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if not name.endswith("num_batches_tracked"):
-            digest.update(name.encode() + state[name].to(torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flowkit import assets, weights
-from flowkit.eval import features
+from flowkit.eval import features, formats
 from flowkit.eval.features import ClassifierExtractor, FeatureExtractor, PixelExtractor
 from flowkit.eval.statistics import FeatureStats, as_moments
 
@@ -52,10 +52,10 @@ def match(
     """Returns a reference for each extractor, checked to be made by it as far as the reference says.
 
     Args:
-        reference: "digits" or "shapes" (embedded); a path to .safetensors statistics of ours or an .npz with mu and sigma; a
-            `FeatureStats`; or a list with one for each extractor.
-        extractor: "classifier", "pixels", "fid-tf" or an extractor; a list of them; None means the reference's own: the
-            classifier of an embedded one, and "fid-tf" for an .npz that does not say.
+        reference: "digits" or "shapes" (embedded); a path to statistics of ours or of another tool, see
+            `flowkit.eval.formats`; a `FeatureStats`; or a list with one for each extractor.
+        extractor: a name that `flowkit.eval.features.create` knows or an extractor; a list of them; None means the reference's
+            own: the classifier of an embedded one, and "fid-tf" for another tool's file, which does not say.
         device: where extractors given by name compute.
 
     Raises:
@@ -79,16 +79,19 @@ def _listed(value: Any, count: int) -> list[Any]:  # noqa: ANN401
 def _match(reference: Reference, extractor: Extractor | None, device: torch.device | str) -> Match:
     origin, candidates = _load(reference)
     known = [stats.identity for stats in candidates if stats.identity is not None]
-    if extractor is None and not known and not origin.endswith(".npz"):
+    if extractor is None and not known and not origin.endswith(formats.FOREIGN):
         raise ValueError(f"the reference ({origin}) does not say which extractor made it; pass extractor=")
     if extractor is None:
         extractor = features.create(known[0] if known else {"name": "fid-tf"}, device)
     elif isinstance(extractor, str):
         own = [identity for identity in known if identity["name"] == extractor]
         extractor = features.create(own[0] if own else {"name": extractor}, device)
-    stats = next((s for s in candidates if s.identity is None or dict(s.identity) == dict(extractor.identity)), None)
+    wrong = [None if s.identity is None else features.difference(s.identity, extractor.identity) for s in candidates]
+    fitting = [s for s, reason in zip(candidates, wrong, strict=True) if reason is None]
+    # Files of other tools hold statistics of several extractors without saying which; their dimension tells them apart.
+    stats = next((s for s in fitting if s.dim == extractor.dim), fitting[0] if fitting else None)
     if stats is None:
-        found = " and ".join(_difference(identity, extractor.identity) for identity in known)
+        found = " and ".join(reason for reason in wrong if reason is not None)
         raise ValueError(f"the reference ({origin}) was not made by the extractor {extractor.name!r}: {found}; use the same "
                          "extractor for both")  # fmt: skip
     if stats.dim != extractor.dim:
@@ -98,12 +101,6 @@ def _match(reference: Reference, extractor: Extractor | None, device: torch.devi
     return Match(extractor, stats, origin)
 
 
-def _difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    keys = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-    key = "name" if "name" in keys else keys[0]
-    return f"its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}"
-
-
 def _load(reference: Reference) -> tuple[str, list[FeatureStats]]:
     """Where the reference comes from, and its statistics, the default first."""
     if isinstance(reference, FeatureStats):
@@ -111,13 +108,11 @@ def _load(reference: Reference) -> tuple[str, list[FeatureStats]]:
     if isinstance(reference, str) and reference in assets.NAMES:
         return f"embedded {reference}", embedded(reference)
     path = Path(reference)
-    if path.suffix == ".npz":
-        return str(path), [FeatureStats.from_npz(path)]
     if not path.exists() and not path.suffix:
         raise FileNotFoundError(
             f"no reference {str(path)!r}; choose {', '.join(assets.NAMES)}, or a .safetensors or .npz file"
         )
-    return str(path), [FeatureStats.load(path)]
+    return str(path), formats.read_statistics(path)
 
 
 def embedded(dataset: str) -> list[FeatureStats]:

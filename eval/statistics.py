@@ -247,7 +247,8 @@ class FeatureStats:
         buffer = io.BytesIO()
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance().cpu().numpy()}
         if self.count is not None:
-            arrays["count"] = np.array(self.count)
+            # The moment itself too: sigma (n - 1) / (n - 1) is sigma to the last bit but one.
+            arrays |= {"count": np.array(self.count), "m2": self.m2.cpu().numpy()}
         if self.identity is not None:
             arrays["identity"] = np.array(json.dumps(dict(self.identity), sort_keys=True))
         np.savez(buffer, allow_pickle=False, **arrays)
@@ -273,11 +274,12 @@ class FeatureStats:
         if "count" not in arrays:
             return cls(None, mean, sigma, identity)
         count = int(arrays["count"])
-        return cls(count, mean, sigma * (count - 1), identity)
+        m2 = as_moments(mean, arrays["m2"], f"{path}: ", "m2")[1] if "m2" in arrays else sigma * (count - 1)
+        return cls(count, mean, m2, identity)
 
 
 def _read_npz(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
-    wanted = ("mu", "sigma", "count", "identity")
+    wanted = ("mu", "sigma", "count", "m2", "identity")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in wanted}

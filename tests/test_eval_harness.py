@@ -487,7 +487,7 @@ def refuse(match: str, error: type[Exception] = ValueError, **kwargs: object) ->
         refuse("'imagenet'; choose digits, shapes", FileNotFoundError, reference="imagenet"),
         refuse("no statistics at gone.npz", FileNotFoundError, reference="gone.npz"),
         refuse("no weight file at gone.safetensors", FileNotFoundError, reference="gone.safetensors"),
-        refuse("gone.pkl is a pickled weight file", reference="gone.pkl"),
+        refuse("no statistics at gone.pkl", FileNotFoundError, reference="gone.pkl"),
         refuse("unknown extractor 'vgg'", extractor="vgg"),
         refuse(
             "extractor 'classifier': its dataset is 'digits', not 'shapes'", extractor=ClassifierExtractor("shapes")
