@@ -216,11 +216,15 @@ class _Stages(torch.nn.Module):
 def _inductor(network: _Stages, cache: str | PathLike[str] | None) -> Callable[[Tensor], Sequence[Tensor]]:
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(network, dynamic=False)
+    # Set for the whole process while it compiles: as an option of torch.compile it comes too late for the tracer, which then
+    # passes weights as arguments, and convolutions are neither packed nor fused.
+    config: Any = import_module("torch._inductor.config")
 
     def run(x: Tensor) -> Sequence[Tensor]:
         filled = torch.cat([x, x.new_zeros(BATCH - len(x), *x.shape[1:])]) if len(x) < BATCH else x
-        return [y[: len(x)] for y in compiled(filled.contiguous(memory_format=torch.channels_last))]
+        with config.patch(freezing=True):
+            return [y[: len(x)] for y in compiled(filled.contiguous(memory_format=torch.channels_last))]
 
     return run
 
