@@ -44,17 +44,18 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
                 f"attach takes guidance, recorders and the like, got {part!r:.80}; pass e.g. flowkit.AdaptiveGuidance()"
             )
     name = type(pipe).__name__
-    networks = [net for key in DENOISERS if isinstance(net := getattr(pipe, key, None), torch.nn.Module)]
+    found = (getattr(pipe, key, None) for key in DENOISERS)
+    networks = list(dict.fromkeys(net for net in found if isinstance(net, torch.nn.Module)))  # one may have two names
     if not networks:
         raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(DENOISERS)}; attach to the "
                          "pipeline that denoises")  # fmt: skip
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise TypeError(f"{name} has no scheduler to attach to; pass a diffusers pipeline")
-    found = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
-    if any(engine.pipe is not pipe for engine in found):
-        other = next(type(engine.pipe).__name__ for engine in found if engine.pipe is not pipe)
+    engines = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
+    if any(engine.pipe is not pipe for engine in engines):
+        other = next(type(engine.pipe).__name__ for engine in engines if engine.pipe is not pipe)
         raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
-    engine = found.pop() if found else Engine(pipe, networks)
+    engine = engines.pop() if engines else Engine(pipe, networks)
     methods = [part for part in (*engine.parts, *parts) if isinstance(part, Guidance)]
     if len(methods) > 1:
         both = " and ".join(type(method).__name__ for method in methods)

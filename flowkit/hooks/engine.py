@@ -19,6 +19,8 @@ from flowkit.hooks.selftest import learned
 from flowkit.hooks.standins import Method, Named, NetworkCall
 from flowkit.hooks.steps import Step
 
+_STEPPED = ("model_output", "timestep", "sample")  # what ``scheduler.step`` must take
+
 
 class Engine:
     """What is hooked into one pipeline.
@@ -72,12 +74,17 @@ class Engine:
         return bool(self._calls)
 
     def install(self) -> None:
-        """Hooks networks and scheduler."""
+        """Hooks scheduler and networks.
+
+        Raises:
+            TypeError: for a scheduler that is not stepped with a model output, a timestep and a sample.
+            ValueError: for one that another pipeline is attached to through.
+        """
+        self._follow()
         for network in self.networks:
             self._calls.append(NetworkCall(network, self.called))
             if hasattr(network, "cache_context"):
                 self._methods.append(Method(network, "cache_context", self._named))
-        self._follow()
 
     def remove(self) -> None:
         """Takes everything out again."""
@@ -92,11 +99,16 @@ class Engine:
         scheduler = self.pipe.scheduler
         if scheduler is self._scheduler:
             return
+        names, kind = list(inspect.signature(scheduler.step).parameters), type(scheduler).__name__
+        if missing := [name for name in _STEPPED if name not in names]:
+            raise TypeError(f"{kind}.step takes no {missing[0]}, so it cannot be attached to; use another scheduler")
+        if isinstance(vars(scheduler).get("step"), Method):
+            raise ValueError(f"the {kind} of {type(self.pipe).__name__} is attached to through another pipeline; detach that, or "
+                             "give each pipeline a scheduler of its own")  # fmt: skip
         for method in [method for method in self._methods if method.owner is self._scheduler]:
             method.remove()
             self._methods.remove(method)
-        names = list(inspect.signature(scheduler.step).parameters)
-        self._places = [(name, names.index(name)) for name in ("model_output", "timestep", "sample")]
+        self._places = [(name, names.index(name)) for name in _STEPPED]
         self._methods += [Method(scheduler, "set_timesteps", self._started), Method(scheduler, "step", self.stepped)]
         self._scheduler = scheduler
         self._fresh()
@@ -253,7 +265,7 @@ class Engine:
             built_in = " (its network has guidance built in, with the scale as an input)" if embedded else ""
             raise self.refuse(f"{needing[0]} needs classifier-free guidance, which is off in this call of {name}{built_in}: pass a "
                               "guidance_scale, or a true_cfg_scale and a negative prompt, above 1")  # fmt: skip
-        if len(sample) not in (step.size, 2 * step.size):
+        if len(sample) != step.size and not layout.doubled(self.pipe, step.calls.get("uncond")):
             raise self.refuse(f"the network was called for {step.asked} rows, taken to be {step.size} samples, but {name} steps "
                               f"{len(sample)}: give each sample noise of its own, so that a guided batch can be told")  # fmt: skip
         if step.extra:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.hooks.arguments import take
+from flowkit.hooks.arguments import Arguments, take
 
 Roles = tuple[str, ...]
 
@@ -27,6 +27,7 @@ _SEPARATE = (
 )
 # The network's output is negated on its way to the scheduler.
 _NEGATED = ("HiDreamImage", "LTXCondition", "Lumina", "Nucleus", "SanaWM", "ZImage")
+_NULL_CLASS = 1000  # of DiT
 _LEARNED: dict[type, int] = {}
 
 
@@ -85,6 +86,17 @@ def _repeats(latents: Any, times: int) -> bool:  # noqa: ANN401
     # Images come after the sample along the channels, and may be zero in one part: the first channel tells.
     channels = (copies.select(axis, 0) for axis in range(2, min(4, copies.ndim)))
     return any(torch.equal(first[1:], first[:1].expand_as(first[1:])) for first in channels)
+
+
+def doubled(pipe: Any, uncond: Arguments | None) -> bool:  # noqa: ANN401
+    """Returns whether a pipeline steps both halves of its batch, as that of DiT does where it is guided: with the null class.
+
+    Args:
+        pipe: the pipeline.
+        uncond: arguments of the network for what is taken to be the unconditional half.
+    """
+    labels = None if uncond is None else uncond.kwargs.get("class_labels")
+    return _is(pipe, ("DiTPipeline",)) and labels is not None and bool((labels == _NULL_CLASS).all())
 
 
 def read(output: Any) -> Tensor:  # noqa: ANN401

@@ -92,8 +92,8 @@ def position(clock: Clock, time: Any, expected: int) -> int:  # noqa: ANN401
     """
     values = time.detach().flatten().double() if isinstance(time, Tensor) else torch.tensor([float(time)])
     told = float(values[values.abs().argmax()])
-    for at in range(expected, len(clock.timesteps)):
-        t = clock.timesteps[at]
-        if any(abs(told - f(t, clock.total)) <= 2e-3 * max(1e-3, abs(told)) for f in TIME_MAPS.values()):
-            return at
+    for form in TIME_MAPS.values():  # the usual first: what is left of a time may be another time of the grid
+        for at in range(expected, len(clock.timesteps)):
+            if abs(told - form(clock.timesteps[at], clock.total)) <= 2e-3 * max(1e-3, abs(told)):
+                return at
     return expected

@@ -14,6 +14,7 @@ from flowkit.hooks.arguments import Arguments, changes
 from flowkit.hooks.levels import TIME_MAPS
 from flowkit.hooks.parts import Level, Part
 from flowkit.hooks.selftest import aligned
+from flowkit.hooks.standins import untouched
 
 KINDS = ("state", "output", "cond", "uncond")
 
@@ -121,7 +122,7 @@ class Recorder(Part):
             self._remember(run, now, sample)
         elif len(now.sigmas) == 1:
             now.changed = changes(now._calls["cond"], step.calls["cond"])
-            now._calls.setdefault("uncond", step.calls.get("uncond", now._calls["cond"]))
+            now._calls = {**step.calls, **now._calls}
         now.sigmas.append(step.sigma)
         now.timesteps.append(float(timestep))
         now.identity["levels"].append(step.sigma)
@@ -216,7 +217,7 @@ class DenoiserCall:
             raise ValueError(f"got samples of shape {tuple(x.shape)}, recorded were {self._shape}")
         call = self._calls[rows]
         call = call.replaced(self._input(x, call.latents, timestep), self._told(timestep, call.time))
-        value = layout.split(layout.read(self.network(*call.args, **call.kwargs)), x)[0]
+        value = layout.split(layout.read(untouched(self.network)(*call.args, **call.kwargs)), x)[0]
         return self._sign * aligned_to(value, x)
 
     def _input(self, x: Tensor, old: Any, timestep: float) -> Any:  # noqa: ANN401
