@@ -17,6 +17,7 @@ from flowkit.hooks.attachment import DENOISERS
 
 from .families import steps_of, stock_of
 from .tiny import PIPELINES, build, run
+from .tiny_parts import random
 
 # The scale has other names, or other values for the same.
 _SCALE = {
@@ -24,7 +25,9 @@ _SCALE = {
     **dict.fromkeys(("qwen-image", "qwen-image-img2img", "qwen-image-inpaint", "flux-kontext"), "true_cfg_scale"),
     "hunyuan-video": "true_cfg_scale",
 }
-_NEGATIVE = {"flux-kontext": {"negative_prompt": "a dog"}}
+_NEGATIVE = {
+    "flux-kontext": {"negative_prompt_embeds": random(1, 4, 16, seed=2), "negative_pooled_prompt_embeds": random(1, 16, seed=3)}
+}
 
 
 class Idle(Guidance):
