@@ -272,6 +272,8 @@ class Engine:
             return
         assert step.seen is not None
         use = learned(output, *step.seen)
+        if use is None and not bool(torch.isfinite(output).all()):
+            return  # `Attachment.detach` says so
         if use is None:
             raise self.refuse(f"{name} changes the network's prediction before scheduler.step in a way that is not known, and so "
                               "would change what is done to it from outside")  # fmt: skip
