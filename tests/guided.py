@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from flowkit.hooks import Guidance
 from flowkit.hooks.arguments import Arguments
-from flowkit.hooks.attachment import DENOISERS
+from flowkit.hooks.layout import networks
 
 from .families import steps_of, stock_of
 from .tiny import PIPELINES, build, run
@@ -26,7 +26,10 @@ _SCALE = {
     "hunyuan-video": "true_cfg_scale",
 }
 _NEGATIVE = {
-    "flux-kontext": {"negative_prompt_embeds": random(1, 4, 16, seed=2), "negative_pooled_prompt_embeds": random(1, 16, seed=3)}
+    "flux-kontext": {
+        "negative_prompt_embeds": random(1, 4, 16, seed=2),
+        "negative_pooled_prompt_embeds": random(1, 16, seed=3),
+    }
 }
 
 
@@ -97,11 +100,6 @@ def reference(family: str, w: float | None = None) -> Tensor:
 def noises(*seeds: int) -> list[Generator]:
     """One generator for each sample."""
     return [Generator().manual_seed(seed) for seed in seeds]
-
-
-def networks(pipe: Any) -> list[torch.nn.Module]:
-    """The networks that are attached to."""
-    return [net for name in DENOISERS if isinstance(net := getattr(pipe, name, None), torch.nn.Module)]
 
 
 @contextmanager

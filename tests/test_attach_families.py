@@ -23,9 +23,9 @@ _OWN_GUIDER = ("hunyuan-image", "hunyuan-video-1.5")  # the scale is that of a c
 GUIDED = [family for family in WORKING if family not in (*_UNGUIDED, *_OWN_GUIDER)]
 # By default: one of each way to guide.
 _DEFAULT = {
-    *("sd15", "sdxl", "sd3", "pixart-alpha", "dit", "flux", "wan", "wan2.2", "z-image", "lumina2", "hidream", "sd15-pag"),
-    *("sd15-instruct", "svd", "animatediff", "cogvideox", "kandinsky5", "chroma", "deepfloyd", "ltx2", "lumina"),
-}
+    *("sd15", "sdxl", "sd3", "pixart-alpha", "dit", "flux", "wan", "wan2.2", "z-image", "lumina2", "hidream"),
+    *("sd15-pag", "sd15-instruct", "svd", "animatediff", "cogvideox", "kandinsky5", "chroma", "deepfloyd", "ltx2", "lumina"),
+}  # fmt: skip
 # Plain guidance inside is not the pipeline's own, since the pipeline does not do plain guidance.
 NOT_PLAIN = {
     **dict.fromkeys(("qwen-image", "qwen-image-img2img", "qwen-image-inpaint"), "rescales what it combines"),
@@ -138,7 +138,7 @@ def test_pipelines_with_a_guider(family: str) -> None:
 def test_without_guidance_a_method_is_refused_and_a_recorder_is_not(family: str) -> None:
     pipe = build(family, stock_of(family))
     expected, before = run(pipe), trace(pipe)
-    with attach(pipe, Fixed(2.0)), pytest.raises(ValueError, match="which is off in this call of .*: pass"):
+    with attach(pipe, Fixed(2.0)), pytest.raises(ValueError, match=r"which is off in this call of .*: pass"):
         run(pipe)
     assert trace(pipe) == before
     with attach(pipe, recorder := Recorder()):
@@ -190,7 +190,10 @@ def test_modular(blocks: str, family: str) -> None:
 def test_modular_without_guidance() -> None:
     pipe = modular.assembled("FluxAutoBlocks", "flux", stock_of("flux"))
     expected, before = _modular(pipe, "flux"), trace(pipe)
-    with attach(pipe, Fixed(5.0)), pytest.raises(ValueError, match="Fixed needs classifier-free guidance, which is off"):
+    with (
+        attach(pipe, Fixed(5.0)),
+        pytest.raises(ValueError, match="Fixed needs classifier-free guidance, which is off"),
+    ):
         _modular(pipe, "flux")
     assert trace(pipe) == before
     assert torch.equal(_modular(pipe, "flux"), expected)
@@ -201,7 +204,10 @@ def test_modular_that_combines_otherwise() -> None:
     expected, before = _modular(pipe, "z-image"), trace(pipe)
     with attach(pipe, Idle()):
         assert torch.equal(_modular(pipe, "z-image"), expected)
-    with attach(pipe, Fixed(5.0)), pytest.raises(ValueError, match=r"changes the network's prediction before scheduler\.step"):
+    with (
+        attach(pipe, Fixed(5.0)),
+        pytest.raises(ValueError, match=r"changes the network's prediction before scheduler\.step"),
+    ):
         _modular(pipe, "z-image")
     assert trace(pipe) == before
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
+from flowkit.hooks import layout
 from flowkit.hooks.engine import Engine
 from flowkit.hooks.parts import Guidance, Part
 from flowkit.hooks.report import Report, plot, report
 from flowkit.hooks.steps import Step
 
-# Components of diffusers' pipelines that are called at every step.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "image_unet", "dit")
 _ENGINES: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
@@ -44,11 +43,10 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
                 f"attach takes guidance, recorders and the like, got {part!r:.80}; pass e.g. flowkit.AdaptiveGuidance()"
             )
     name = type(pipe).__name__
-    found = (getattr(pipe, key, None) for key in DENOISERS)
-    networks = list(dict.fromkeys(net for net in found if isinstance(net, torch.nn.Module)))  # one may have two names
+    networks = layout.networks(pipe)
     if not networks:
-        raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(DENOISERS)}; attach to the "
-                         "pipeline that denoises")  # fmt: skip
+        raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(layout.DENOISERS)}; attach to "
+                         "the pipeline that denoises")  # fmt: skip
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise TypeError(f"{name} has no scheduler to attach to; pass a diffusers pipeline")
     engines = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}

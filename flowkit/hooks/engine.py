@@ -120,6 +120,9 @@ class Engine:
         return Named(inner(name, **kwargs), name.removeprefix("pred_"), tell)  # guiders say "pred_cond"
 
     def _started(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if layout.networks(self.pipe) != self.networks:
+            raise self.refuse(f"a network of {type(self.pipe).__name__} was replaced or compiled since it was attached to; attach "
+                              "again")  # fmt: skip
         result = inner(*args, **kwargs)
         self._fresh()
         return result
@@ -238,7 +241,7 @@ class Engine:
         step = self.step
         if step is None and not self._count:
             raise self.refuse(f"{type(self.pipe).__name__} came to scheduler.step without a call of the network that was attached "
-                              "to; a network that was replaced or compiled since then must be attached again")  # fmt: skip
+                              "to; attach again if that was compiled since")  # fmt: skip
         if step is not None and not self._checked:
             self._check(step, output, sample)
         for part in self.parts:

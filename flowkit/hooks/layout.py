@@ -17,6 +17,8 @@ from flowkit.hooks.arguments import Arguments, take
 
 Roles = tuple[str, ...]
 
+# Components of pipelines that are called at every step.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "image_unet", "dit")
 # Conditional rows before unconditional ones.
 _COND_FIRST = ("DiTPipeline", "LuminaPipeline", "StableCascade", "Wuerstchen", "ZImage", "AceStep")
 # Two calls, but no names for them.
@@ -33,6 +35,12 @@ _LEARNED: dict[type, int] = {}
 
 def _is(pipe: Any, names: Sequence[str]) -> bool:  # noqa: ANN401
     return type(pipe).__name__.startswith(tuple(names))
+
+
+def networks(pipe: Any) -> list[torch.nn.Module]:  # noqa: ANN401
+    """Returns the networks that a pipeline calls at every step, or takes turns with, each once."""
+    found = (getattr(pipe, key, None) for key in DENOISERS)
+    return list(dict.fromkeys(net for net in found if isinstance(net, torch.nn.Module)))
 
 
 def sign(pipe: Any) -> int:  # noqa: ANN401
