@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Seeing(Idle):
         self.sigmas: list[float] = []
 
     def combine(self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: Any) -> tuple[Any, Any]:
-        self.seen.append((state["evaluation"], cond.clone(), None if uncond is None else uncond.clone()))
+        evaluation = replace(state["evaluation"], x=state["evaluation"].x.clone())  # some pipelines write into it later
+        self.seen.append((evaluation, cond.clone(), None if uncond is None else uncond.clone()))
         self.sigmas.append(sigma)
         return super().combine(cond, uncond, step, sigma, state)
 

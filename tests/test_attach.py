@@ -46,7 +46,7 @@ def _one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
     return {name: value if value is None else value[i : i + 1] for name, value in inputs.items()}
 
 
-def _batched_loop(pipe: Any, family: str, inputs: dict[str, Any], cut: int, w: float) -> Tensor:
+def _batched_loop(pipe: Any, family: str, inputs: dict[str, Any], cut: int, w: float) -> Any:
     """[negative, prompt] in one call until the cut, the prompt alone from there on."""
     scheduler = pipe.scheduler
     scheduler.set_timesteps(STEPS)
@@ -73,7 +73,7 @@ def _batched_loop(pipe: Any, family: str, inputs: dict[str, Any], cut: int, w: f
     return x
 
 
-def _flux_loop(pipe: Any, inputs: dict[str, Any], cut: int, w: float) -> Tensor:
+def _flux_loop(pipe: Any, inputs: dict[str, Any], cut: int, w: float) -> Any:
     """Two calls a step until the cut, one from there on."""
     scheduler, x = pipe.scheduler, inputs["latents"]
     keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")

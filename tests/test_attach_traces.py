@@ -144,10 +144,14 @@ def test_two_attachments(family: str, order: tuple[int, int]) -> None:
     assert torch.equal(run(pipe, STEPS), reference(family))
 
 
-def test_one_part_in_two_attachments() -> None:
+def test_one_part_twice() -> None:
     pipe, recorder = _own("sd15"), Recorder()
     before = trace(pipe)
-    with attach(pipe, Idle()), attach(pipe, recorder):
+    with pytest.raises(ValueError, match="this Recorder is attached already; make another one"):
+        attach(pipe, recorder, recorder)
+    with attach(pipe, recorder):
+        with pytest.raises(ValueError, match="this Recorder is attached already; make another one"):
+            attach(pipe, Idle(), recorder)
         run(pipe, STEPS)
     assert len(recorder.trajectories) == 1
     assert trace(pipe) == before

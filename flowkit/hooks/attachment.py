@@ -33,8 +33,8 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
 
     Raises:
         TypeError: for what is not a part, or a pipeline without scheduler.
-        ValueError: for a pipeline without a network that is called at every step, a second guidance method, or networks that are
-            attached to through another pipeline; and while the pipeline runs, for one that this cannot be done to, which is left
+        ValueError: for a pipeline without a network that is called at every step, a second guidance method, a part that is
+            attached already, or networks or a scheduler that are attached to through another pipeline; and while the pipeline runs, for one that this cannot be done to, which is left
             as it was.
     """
     for part in parts:
@@ -54,7 +54,10 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
         other = next(type(engine.pipe).__name__ for engine in engines if engine.pipe is not pipe)
         raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
     engine = engines.pop() if engines else Engine(pipe, networks)
-    methods = [part for part in (*engine.parts, *parts) if isinstance(part, Guidance)]
+    everything = (*engine.parts, *parts)
+    if twice := [part for i, part in enumerate(everything) if any(part is other for other in everything[:i])]:
+        raise ValueError(f"this {type(twice[0]).__name__} is attached already; make another one")
+    methods = [part for part in everything if isinstance(part, Guidance)]
     if len(methods) > 1:
         both = " and ".join(type(method).__name__ for method in methods)
         raise ValueError(f"{both} would each combine the network's outputs; attach one of them")

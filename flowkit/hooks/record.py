@@ -31,7 +31,8 @@ class Trajectory:
         sigmas: level of each evaluation in the convention of diffusers' ``sigmas``, as `Guidance.plan` gets it.
         timesteps: the scheduler's.
         identity: names of pipeline and network, and the levels, as values for JSON.
-        changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations.
+        changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations, and "the network
+            itself" where two take turns.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -120,8 +121,10 @@ class Recorder(Part):
         rows = step.size
         if not now.sigmas:
             self._remember(run, now, sample)
-        elif len(now.sigmas) == 1:
-            now.changed = changes(now._calls["cond"], step.calls["cond"])
+        elif step.network is not now._network:
+            now.changed.add("the network itself")
+        else:
+            now.changed |= changes(now._calls["cond"], step.calls["cond"])
             now._calls = {**step.calls, **now._calls}
         now.sigmas.append(step.sigma)
         now.timesteps.append(float(timestep))
