@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from flowkit.hooks import Recorder, attach
+from flowkit.hooks.layout import networks
+from flowkit.hooks.parts import reported
 from flowkit.hooks.selftest import aligned
 from flowkit.hooks.standins import NetworkCall
 
 from . import test_modular as modular
 from .families import WORKING, built, steps_of, stock_of
-from .guided import Cut, Fixed, Idle, Seeing, networks, reference, returned, scaled
+from .guided import Cut, Fixed, Idle, Seeing, reference, returned, scaled
 from .tiny import PIPELINES, build, parts, run
 from .tiny_parts import random
 
@@ -63,6 +66,7 @@ class _Steps:
         self.last: Tensor | None = None
 
     def __enter__(self) -> _Steps:
+        @functools.wraps(self.step)  # pipelines look for names in the signature
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.samples.append(sample.clone())
             self.outputs.append(model_output.clone())
@@ -181,7 +185,7 @@ def _inputs(family: str) -> tuple[Any, Any, list[Tensor]]:
 
 @pytest.mark.parametrize("family", REPEATED)
 def test_a_recorded_call_again(family: str) -> None:
-    pipe, kept, inputs = _inputs(family)
+    _, kept, inputs = _inputs(family)
     call = kept.denoiser()
     assert set(call.roles) == ({"cond"} if family in _UNGUIDED else {"cond", "uncond"})
     assert len(inputs) == len(kept.timesteps)
@@ -319,8 +323,6 @@ class Reporting(Cut):
     """Tells a scale for every sample."""
 
     def combine(self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: Any) -> tuple[Any, Any]:
-        from flowkit.hooks.parts import reported
-
         result, state = super().combine(cond, uncond, step, sigma, state)
         return result, reported(state, scale=torch.arange(float(len(cond))) + step)
 

@@ -34,8 +34,8 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
     Raises:
         TypeError: for what is not a part, or a pipeline without scheduler.
         ValueError: for a pipeline without a network that is called at every step, a second guidance method, a part that is
-            attached already, or networks or a scheduler that are attached to through another pipeline; and while the pipeline runs, for one that this cannot be done to, which is left
-            as it was.
+            attached already, or networks or a scheduler that are attached to through another pipeline; and while the pipeline
+            runs, for one that this cannot be done to, which is left as it was.
     """
     for part in parts:
         if not isinstance(part, Part):

@@ -130,7 +130,10 @@ class Recorder(Part):
         now.timesteps.append(float(timestep))
         now.identity["levels"].append(step.sigma)
         if "state" in self.keep:  # in place of the last step's result, which the pipeline may have edited
-            now.states = [*now.states[:-1], self._kept(sample[:rows])] if now.states else [self._kept(sample[:rows])]
+            if now.states:
+                old = now.states.pop()
+                self.bytes -= old.numel() * old.element_size()
+            now.states.append(self._kept(sample[:rows]))
         if "output" in self.keep:
             now.outputs.append(self._kept(model_output[:rows, : sample.shape[1]]))
         for kind, kept, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
