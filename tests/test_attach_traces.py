@@ -199,6 +199,16 @@ class Watching(Part):
         Watching.calls += 1
 
 
+def test_copied_entries_of_a_scheduler() -> None:
+    """Some pipelines put a scheduler's entries aside and back."""
+    pipe = _own("sd15")
+    before = trace(pipe)
+    with attach(pipe, Fixed(7.0)):
+        vars(pipe.scheduler).update(copy.deepcopy(vars(pipe.scheduler)))
+        assert torch.equal(run(pipe, STEPS), reference("sd15", 7.0))
+    assert trace(pipe) == before
+
+
 @pytest.mark.parametrize("family", HOW)
 def test_a_copy_of_a_network_is_not_attached_to(family: str) -> None:
     pipe = _own(family)
