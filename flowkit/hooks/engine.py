@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkit.hooks import layout, passes
 from flowkit.hooks.arguments import Arguments, take
 from flowkit.hooks.levels import Clock, clock, position
-from flowkit.hooks.parts import Evaluation, Guidance, Part
+from flowkit.hooks.parts import Evaluation, Guidance, Level, Part
 from flowkit.hooks.selftest import learned
 from flowkit.hooks.standins import Method, Named, NetworkCall
 from flowkit.hooks.steps import Step
@@ -67,6 +67,16 @@ class Engine:
     def guidance(self) -> Guidance | None:
         """The guidance method among the parts."""
         return next((part for part in self.parts if isinstance(part, Guidance)), None)
+
+    @property
+    def _through(self) -> bool:
+        """Whether a part takes a gradient through the network."""
+        return any(part.through_network for part in self.parts)
+
+    @staticmethod
+    def _scale(level: Level | None) -> float:
+        """What the path's coordinates are multiplied by for the network."""
+        return 1.0 if level is None or level.path.name != "edm" else level.path.input_scale(level.s)
 
     @property
     def installed(self) -> bool:
@@ -144,7 +154,8 @@ class Engine:
             given = Arguments(args, kwargs)
             if self.step is not None:
                 return passes.following(self, call, given, self.step)
-            return self._evaluated(call, given)
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self._through):
+                return self._evaluated(call, given)
         finally:
             self._busy = False
 
@@ -154,12 +165,6 @@ class Engine:
         rows = len(latents)
         if self.clock is None:
             self._begin(given)
-        if any(part.through_network for part in self.parts):
-            if not isinstance(latents, Tensor):
-                raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
-                                  "taken; use through_network=False")  # fmt: skip
-            latents = latents.detach().requires_grad_()
-            given = given.replaced(latents)
         size = rows // len(roles)
         where = {role: list(range(k * size, (k + 1) * size)) for k, role in enumerate(roles)}
         calls = {
@@ -172,7 +177,14 @@ class Engine:
             if isinstance(latents, Tensor)
             else torch.stack([latents[i] for i in where["cond"]])
         )
+        if self._through and not isinstance(latents, Tensor):
+            raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
+                              "taken; use through_network=False")  # fmt: skip
         self.step = step = self._new_step(x, calls, call.network, rows)
+        if self._through:  # the sample that parts are told of is the one that the network is given
+            x = step.evaluation.x * self._scale(step.evaluation.level)
+            others = {role: take(latents, own) for role, own in where.items() if role != "cond"}
+            given = given.replaced(torch.cat([x if role == "cond" else others[role] for role in roles]))
         step.plan = self._plan(step)
         if len(roles) == 1:
             return passes.first(self, call, given, step)
@@ -197,9 +209,11 @@ class Engine:
     def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: torch.nn.Module, asked: int) -> Step:
         now = self.clock
         assert now is not None
+        level = now.level(self._index, self.sign)
+        x = x.detach() if self._scale(level) == 1 else x.detach() / self._scale(level)
         evaluation = Evaluation(
-            x=x,
-            level=now.level(self._index, self.sign),
+            x=x.requires_grad_(self._through),
+            level=level,
             step=self._count,
             steps=len(now.timesteps) - self._first,
             conditioning=calls["cond"].named(_parameters(network)),
@@ -220,17 +234,17 @@ class Engine:
         return "both" if all(needed) else needed if any(needed) else "cond"
 
     def run(self, call: NetworkCall, given: Arguments) -> Any:  # noqa: ANN401
-        """Runs a network as it was before, with gradients where a part takes them through it."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() or any(part.through_network for part in self.parts)):
-            return call.run(*given.args, **given.kwargs)
+        """Runs a network as it was before."""
+        return call.run(*given.args, **given.kwargs)
 
     def fit(self, step: Step, cond: Tensor) -> None:
-        """Brings the noisy sample of a step to the shape of the network's output, and to the path's coordinates."""
+        """Brings the noisy sample of a step to the shape of the network's output."""
         x, level = layout.first_like(step.evaluation.x, cond.shape), step.evaluation.level
         if x is None:
             x, level = step.evaluation.x, None
-        elif level is not None and level.path.name == "edm":
-            x = x / level.path.input_scale(level.s)
+        if self._through and x is not step.evaluation.x:
+            raise self.refuse(f"{type(self.pipe).__name__} gives its network images beside the sample, through which no gradient "
+                              "is taken; use through_network=False")  # fmt: skip
         step.evaluation = replace(step.evaluation, x=x, level=level)
 
     def stepped(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

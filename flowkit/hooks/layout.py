@@ -154,5 +154,5 @@ def first_like(x: Tensor, shape: torch.Size) -> Tensor | None:
     if x.ndim != len(shape) or any(a < b for a, b in zip(x.shape, shape, strict=True)):
         return None
     for axis, size in enumerate(shape):
-        x = x.narrow(axis, 0, size)
+        x = x if x.shape[axis] == size else x.narrow(axis, 0, size)
     return x
