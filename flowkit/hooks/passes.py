@@ -6,6 +6,7 @@ Guidance is made the identity in the pipeline: where a method combines, both hal
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +64,14 @@ def batched(engine: Engine, call: NetworkCall, given: Arguments, step: Step, whe
     step.cond = cond.detach() if kept["cond"] else None
     step.uncond = uncond.detach() if uncond is not None and plan != "cond" and not isinstance(plan, list) else None
     edited(engine, step, cond)
+    cond, uncond = cond.detach(), None if uncond is None else uncond.detach()
     new_cond, new_uncond = combined(engine, step, cond, uncond if plan != "cond" else None)
     step.seen = new_cond, new_uncond
     if (
         everything
         and new_cond is cond
         and new_uncond is (cond if uncond is None else uncond)
-        and not cond.requires_grad
+        and not value.requires_grad
     ):
         return output
     step.shift = (new_cond - cond).detach()
@@ -193,6 +195,8 @@ def edited(engine: Engine, step: Step, cond: Tensor) -> None:
     changes = [change for part in engine.parts if (change := part.edit(step.evaluation, cond)) is not None]
     if changes:
         step.edit = torch.stack([change.detach().to(cond.dtype) for change in changes]).sum(0)
+    if step.evaluation.x.requires_grad:  # what follows needs no gradient
+        step.evaluation = replace(step.evaluation, x=step.evaluation.x.detach())
 
 
 def combined(engine: Engine, step: Step, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor]:
