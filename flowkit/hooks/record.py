@@ -31,6 +31,7 @@ class Trajectory:
         sigmas: level of each evaluation in the convention of diffusers' ``sigmas``, as `Guidance.plan` gets it.
         timesteps: the scheduler's.
         identity: names of pipeline and network, and the levels, as values for JSON.
+        edited: numbers of the evaluations before which the pipeline changed the sample, where states are kept.
         changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations, and "the network
             itself" where two take turns.
     """
@@ -42,6 +43,7 @@ class Trajectory:
     sigmas: list[float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
+    edited: list[int] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
     _network: Any = None
     _calls: dict[str, Arguments] = field(default_factory=dict)
@@ -109,6 +111,11 @@ class Recorder(Part):
         self.keep, self.limit, self.bytes = keep or KINDS[:2], limit, 0
         self.trajectories: list[Trajectory] = []
 
+    def take(self) -> list[Trajectory]:
+        """Returns the trajectories and forgets them."""
+        taken, self.trajectories, self.bytes = self.trajectories, [], 0
+        return taken
+
     def begin(self, run: Any) -> None:  # noqa: ANN401
         """Starts a trajectory."""
         self.trajectories.append(Trajectory())
@@ -130,10 +137,13 @@ class Recorder(Part):
         now.timesteps.append(float(timestep))
         now.identity["levels"].append(step.sigma)
         if "state" in self.keep:  # in place of the last step's result, which the pipeline may have edited
+            kept = self._kept(sample[:rows])
             if now.states:
                 old = now.states.pop()
                 self.bytes -= old.numel() * old.element_size()
-            now.states.append(self._kept(sample[:rows]))
+                if not torch.equal(old.to(kept.dtype), kept):
+                    now.edited.append(len(now.sigmas) - 1)
+            now.states.append(kept)
         if "output" in self.keep:
             now.outputs.append(self._kept(model_output[:rows, : sample.shape[1]]))
         for kind, kept, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
