@@ -146,9 +146,9 @@ class Recorder(Part):
             now.states.append(kept)
         if "output" in self.keep:
             now.outputs.append(self._kept(model_output[:rows, : sample.shape[1]]))
-        for kind, kept, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
+        for kind, outputs, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
             if kind in self.keep:
-                kept.append(None if value is None else self._kept(value))
+                outputs.append(None if value is None else self._kept(value))
 
     def after_step(self, run: Any, sample: Tensor) -> None:  # noqa: ANN401
         """Keeps the next sample."""
