@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import flowkit
 from flowkit.hooks import Guidance, Part, Recorder, attach
 
 from .families import stock_of
@@ -144,3 +145,45 @@ def test_what_is_not_finite_is_reported_on_leaving() -> None:
 
     with pytest.raises(KeyError), attach(pipe, Fixed(float("nan"))):  # another error goes first
         run(pipe, STEPS, callback_on_step_end=end)
+
+
+def _nan(x0: Tensor, sigma: float, conditioning: Any) -> Tensor:
+    return x0.flatten(1).sum(1) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (flowkit.DynamicGuidance([_nan], scales=(1.0, 2.0)), "NaN"),
+        (flowkit.DynamicGuidance([lambda x0, sigma, conditioning: x0], scales=(1.0, 2.0)), "shape"),
+        (flowkit.GradientGuidance(_nan), "NaN"),
+        (flowkit.PolicyGuidance(["cond"] * (STEPS + 1)), f"{STEPS}"),
+        (flowkit.LinearAdaptiveGuidance(torch.zeros(1, 2, STEPS + 1), [1]), f"{STEPS}"),
+        (flowkit.ZeroStarGuidance(2.0), "flow"),
+        (Recorder("state", limit=100), "the recorder is full: .* limit is 100; raise limit"),
+    ],
+)
+def test_what_a_part_refuses_while_the_pipeline_runs_detaches_it(part: Part, message: str) -> None:
+    pipe = build("sd15", stock_of("sd15"))
+    before = trace(pipe)
+    run_ = attach(pipe, part)
+    with pytest.raises(ValueError, match=message):
+        run(pipe, STEPS)
+    assert trace(pipe) == before
+    run_.detach()  # a second time does nothing
+
+
+def test_other_errors_leave_it_attached() -> None:
+    """Out of memory, say: the next call is smaller, and guided."""
+    pipe = build("sd15", stock_of("sd15"))
+    with attach(pipe, Cut(0)) as attached:
+        handle = pipe.unet.register_forward_pre_hook(_broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(pipe, STEPS)
+        handle.remove()
+        run(pipe, STEPS)
+        assert (attached.rows, attached.asked) == (STEPS, 2 * STEPS)
+
+
+def _broken(*_: Any) -> None:
+    raise RuntimeError("out of memory")

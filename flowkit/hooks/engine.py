@@ -139,10 +139,21 @@ class Engine:
 
     def refuse(self, reason: str) -> ValueError:
         """Leaves the pipeline as it was, and returns the error to raise."""
+        self._leave()
+        return ValueError(reason)
+
+    def ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Calls a method of a part; where it refuses what it is given, the pipeline is left as it was."""
+        try:
+            return method(*args, **kwargs)
+        except (TypeError, ValueError):
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
         self.last = None
         for attachment in list(self.attached):
             attachment.detach()
-        return ValueError(reason)
 
     def called(self, call: NetworkCall, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a call of a network for the rows that are needed, and returns what the pipeline is to see."""
@@ -197,7 +208,7 @@ class Engine:
         known = begin is not None or given.time is None
         self._index = self._first = (begin or 0) if known else position(self.clock, given.time, 0)
         for part in self.parts:
-            part.begin(self)
+            self.ask(part.begin, self)
 
     def _roles_of(self, latents: Any) -> layout.Roles:  # noqa: ANN401
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
@@ -224,7 +235,7 @@ class Engine:
         guidance = self.guidance
         if guidance is None:
             return "both"
-        plan = guidance.plan(self._count, step.sigma, {**self.state, "evaluation": step.evaluation})
+        plan = self.ask(guidance.plan, self._count, step.sigma, {**self.state, "evaluation": step.evaluation})
         if isinstance(plan, str) and plan in ("both", "cond", "uncond"):
             return plan
         if not isinstance(plan, Tensor) or plan.shape != (step.size,):
@@ -259,11 +270,11 @@ class Engine:
         if step is not None and not self._checked:
             self._check(step, output, sample)
         for part in self.parts:
-            part.before_step(self, output, time, sample)
+            self.ask(part.before_step, self, output, time, sample)
         result = inner(*args, **kwargs)
         self.last = result[0] if isinstance(result, tuple) else result.prev_sample
         for part in self.parts:
-            moved = part.after_step(self, self.last)
+            moved = self.ask(part.after_step, self, self.last)
             if moved is not None:
                 self.last = moved
                 result = _moved(result, moved)

@@ -185,14 +185,15 @@ def second(engine: Engine, call: NetworkCall, step: Step, role: str) -> Tensor:
         raise engine.refuse(f"{type(guidance).__name__} wants the rows of the negative prompt, and this call of "
                             f"{type(engine.pipe).__name__} has none; pass a guidance_scale above 1")  # fmt: skip
     given = step.calls[role]
-    output = guidance.uncond(call.network, *given.args, **given.kwargs)
+    output = engine.ask(guidance.uncond, call.network, *given.args, **given.kwargs)
     step.rows += step.size
     return layout.split(layout.read(output).detach(), step.evaluation.x)[0]
 
 
 def edited(engine: Engine, step: Step, cond: Tensor) -> None:
     """Asks the parts for their changes."""
-    changes = [change for part in engine.parts if (change := part.edit(step.evaluation, cond)) is not None]
+    asked = (engine.ask(part.edit, step.evaluation, cond) for part in engine.parts)
+    changes = [change for change in asked if change is not None]
     if changes:
         step.edit = torch.stack([change.detach().to(cond.dtype) for change in changes]).sum(0)
     if step.evaluation.x.requires_grad:  # what follows needs no gradient
@@ -205,7 +206,7 @@ def combined(engine: Engine, step: Step, cond: Tensor, uncond: Tensor | None) ->
     new_cond, new_uncond = cond, cond if uncond is None else uncond
     if guidance is not None:
         state = {**engine.state, "evaluation": step.evaluation}
-        result, after = guidance.combine(cond, uncond, step.evaluation.step, step.sigma, state)
+        result, after = engine.ask(guidance.combine, cond, uncond, step.evaluation.step, step.sigma, state)
         new_cond, new_uncond = (result, result) if guidance.combines else result
         if new_cond.shape != cond.shape or new_uncond.shape != cond.shape:
             raise engine.refuse(f"{type(guidance).__name__}.combine returned shape {tuple(new_cond.shape)} for outputs of "
