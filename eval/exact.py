@@ -27,7 +27,8 @@ BOUND = 64.0
 _STEPS = 2**20
 _MOST = 2**21
 _ROWS = 1024
-_STRIP = 256
+_STRIP = 256  # of products: wide enough for fast multiplication
+_THIN = 64  # of other work: little memory
 _FORMAT = "flowkit exact statistics"
 
 
@@ -224,8 +225,8 @@ class ExactStats:
         c = torch.div(s, n, rounding_mode="floor")
         r = s - n * c
         m2 = torch.empty_like(self.products, dtype=torch.float64)
-        for i in range(0, self.dim, _STRIP):
-            j = min(i + _STRIP, self.dim)
+        for i in range(0, self.dim, _THIN):
+            j = min(i + _THIN, self.dim)
             whole = self.products[i:j, i:] - torch.outer(c[i:j], s[i:]) - torch.outer(r[i:j], c[i:])
             strip = (whole.double() - torch.outer(r[i:j].double(), r[i:].double()) / n) * self.grid**2
             m2[i:j, i:] = strip

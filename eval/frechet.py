@@ -279,4 +279,8 @@ def jackknife_distances(chunks: Sequence[Accumulator], reference: FeatureStats |
     if isinstance(reference, FeatureStats):
         reference = FrechetReference.of(reference)
     for rest in leave_one_out(chunks):
-        yield reference.distance(rest.stats(), overwrite=True)
+        stats = rest.stats()
+        del rest  # the memory of both is needed
+        distance = reference.distance(stats, overwrite=True)
+        del stats
+        yield distance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -64,7 +65,8 @@ class InceptionExtractor:
             onnxruntime, on the CPU.
         dtype: "float32"; "float64" (features are then float64; "reference" or "fast"); or "bfloat16", a preview whose figures
             do not compare with others ("fast" or "compiled").
-        cache: folder for compiled code, for "compiled". None leaves torch's choice.
+        cache: folder for compiled code, for "compiled": the process's TORCHINDUCTOR_CACHE_DIR from then on. None leaves torch's
+            choice.
 
     Attributes:
         layers: the dimension of each layer that `features` can return.
@@ -125,6 +127,7 @@ class InceptionExtractor:
         network = network.to(device, torch.float32).eval().requires_grad_(False)
         if mode != "reference":
             network = trunk.fold(network)
+        self._fc = copy.deepcopy(network.fc).to(torch.float64 if dtype == "float64" else torch.float32)
         self.network = network.to(DTYPES[dtype])
         self.name, self.dim, self.device = preset, trunk.LAYERS[layer], device
         self._preset, self._layer, self._dtype = PRESETS[preset], layer, DTYPES[dtype]
@@ -168,10 +171,9 @@ class InceptionExtractor:
             x = self.preprocess(images)
             needed = trunk.stages(layers)
             activations = self._run(x.to(self._dtype), needed)
-            if self._dtype == torch.bfloat16:
-                activations = [a.float() for a in activations]
-            fc = self.network.fc if self._dtype != torch.bfloat16 else self.network.fc.float()
-            return trunk.heads(dict(zip(needed, activations, strict=True)), layers, fc)
+            # Averages and logits of a preview are float32 again.
+            activations = [a.to(self._fc.weight.dtype) for a in activations]
+            return trunk.heads(dict(zip(needed, activations, strict=True)), layers, self._fc)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Returns what the network sees, (B, 3, 299, 299), of images, uint8 (B, 1 or 3, H, W)."""
@@ -214,11 +216,15 @@ class _Stages(torch.nn.Module):
 def _inductor(network: _Stages, cache: str | PathLike[str] | None) -> Callable[[Tensor], Sequence[Tensor]]:
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(network, dynamic=False)
+    # Set for the whole process while it compiles: as an option of torch.compile it comes too late for the tracer, which then
+    # passes weights as arguments, and convolutions are neither packed nor fused.
+    config: Any = import_module("torch._inductor.config")
 
     def run(x: Tensor) -> Sequence[Tensor]:
         filled = torch.cat([x, x.new_zeros(BATCH - len(x), *x.shape[1:])]) if len(x) < BATCH else x
-        return [y[: len(x)] for y in compiled(filled.contiguous(memory_format=torch.channels_last))]
+        with config.patch(freezing=True):
+            return [y[: len(x)] for y in compiled(filled.contiguous(memory_format=torch.channels_last))]
 
     return run
 

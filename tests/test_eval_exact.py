@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -19,6 +21,7 @@ from flowkit.eval.statistics import FeatureStats, leave_one_out, merged
 
 IDENTITY = {"name": "test"}
 N, D = 2500, 9
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(count: int = N, dim: int = D, seed: int = 0, offset: float = 2.0) -> Tensor:
@@ -206,3 +209,49 @@ def test_what_would_break_the_promise_is_refused() -> None:
     tensors, metadata = stats.state()
     with pytest.raises(ValueError, match=r"torch.float64 \(9,\)"):
         ExactStats.from_state({**tensors, "sums": tensors["sums"].double()}, metadata)
+
+
+@pytest.mark.slow
+def test_memory_of_a_jackknife_at_the_size_of_inception(tmp_path: Path) -> None:
+    """Chunks of exact statistics written and read again: less than 150 MB at any time, beside the libraries."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process can only be reset on Linux")
+    script = """
+import sys, torch
+torch.set_num_threads(1)
+from flowkit.eval.exact import ExactStats
+from flowkit.eval.frechet import FrechetReference, jackknife_distances
+from flowkit.eval.spool import StatsSpool
+def megabytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024 / 1e6
+def reset():
+    open("/proc/self/clear_refs", "w").write("5")
+d, g = 2048, torch.Generator().manual_seed(0)
+batch = torch.relu(torch.randn(64, d, generator=g) + 0.3)
+FrechetReference(torch.zeros(300), torch.eye(300)).terms(torch.zeros(300), torch.eye(300))
+spool = StatsSpool(sys.argv[1], 4)
+reset()
+base = megabytes("VmRSS")
+for k in range(4):
+    stats = ExactStats.empty(d)
+    for _ in range(20):
+        stats.update(torch.randn(64, d, generator=g))
+    spool.write(k, stats)
+    del stats
+written = megabytes("VmHWM") - base
+stats = spool[0].copy()
+for k in range(1, 4):
+    stats.merge(spool[k])
+stats = stats.stats()
+reference = FrechetReference(stats.mean, stats.m2.div_(stats.count - 1))
+del stats
+reset()
+values = list(jackknife_distances(spool, reference))
+print(written, megabytes("VmHWM") - base, len(values))
+"""
+    run = [sys.executable, "-c", script, str(tmp_path)]
+    written, left_out, count = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert int(count) == 4
+    # A matrix takes 34 MB, so the figures cannot be near 0 unless nothing was measured.
+    assert 60 < float(written) < 150
+    assert 100 < float(left_out) < 150

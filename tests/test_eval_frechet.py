@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from flowkit.eval.frechet import frechet_distance, frechet_terms, jackknife_distances
+from flowkit.eval.exact import ExactStats
+from flowkit.eval.frechet import FrechetReference, frechet_distance, frechet_terms, jackknife_distances
 from flowkit.eval.intervals import jackknife_error
 from flowkit.eval.statistics import FeatureStats
 
@@ -152,6 +153,28 @@ def test_singular_covariances_are_exact(case: str) -> None:
     assert terms.distance == pytest.approx(truth(x, y), abs=1e-11 * terms.trace1)
 
 
+@pytest.mark.parametrize("case", SINGULAR)
+def test_a_cached_reference_and_features_give_the_same(case: str) -> None:
+    """From moments, from features on either side, from statistics that may be overwritten: one distance."""
+    x, y = SINGULAR[case]()
+    expected, size = truth(x, y), float(torch.cov(x.T).trace())
+    near = pytest.approx(expected, abs=1e-11 * size)
+    stats = collected(y)
+    for reference in (FrechetReference(*moments(x)), FrechetReference.from_features(x)):
+        found = [reference.terms(*moments(y)), reference.terms_of(stats), reference.terms_of_features(y),
+                 reference.terms_of(stats.copy(), overwrite=True)]  # fmt: skip
+        for terms in found:
+            assert terms.distance == near
+            assert (terms.rank1, terms.rank2) == tuple(int(torch.linalg.matrix_rank(v - v.mean(dim=0))) for v in (x, y))
+    assert stats.sha256() == collected(y).sha256()
+
+
+def collected(x: Tensor) -> FeatureStats:
+    stats = FeatureStats.empty(x.shape[1])
+    stats.update(x)
+    return stats
+
+
 def test_the_eigenvalues_of_the_product_fail_where_ours_do_not() -> None:
     """Control: the formula of torch-fidelity misses a tolerance 1,000 times wider."""
     x, y = SINGULAR["few and many"]()
@@ -259,3 +282,73 @@ def test_the_standard_error_is_the_spread_over_repeated_samples() -> None:
     # Control: the plain spread of the left-out values, a common mistake, is too small by sqrt(K - 1).
     plain = float(np.std(list(jackknife_distances(chunked(x), reference)), ddof=1))
     assert plain < 0.4 * errors[-1]
+
+
+def test_one_reference_serves_many_samples_and_is_left_as_it_was() -> None:
+    x = features(300, 64, 1)
+    reference = FrechetReference(*moments(x))
+    for seed, count in enumerate((40, 64, 200, 500)):
+        y = features(count, 64, 10 + seed)
+        one, two = reference.terms(*moments(y)), frechet_terms(*moments(x), *moments(y))
+        assert one == two
+        assert one.route == ("cholesky" if count > 64 else "eigen")
+        assert reference.distance(collected(y)) == pytest.approx(one.distance, rel=1e-12)
+        exact = ExactStats.empty(64)
+        exact.update(y)
+        assert reference.distance(exact.stats(), overwrite=True) == pytest.approx(one.distance, rel=1e-5)
+
+
+def test_few_features_never_need_a_covariance() -> None:
+    x, y = features(30, 400, 1), features(25, 400, 5)
+    terms = FrechetReference.from_features(x).terms_of_features(y)
+    assert terms.route == "features"
+    assert (terms.rank1, terms.rank2, terms.condition1, terms.condition2) == (29, 24, 0.0, 0.0)
+    assert terms.distance == pytest.approx(truth(x, y), rel=1e-12)
+    same = FrechetReference.from_features(x).terms_of_features(x)
+    assert abs(same.trace1 + same.trace2 - 2 * same.cross) < 1e-12 * same.trace1
+    many = FrechetReference.from_features(features(300, 20, 1)).terms_of_features(features(200, 20, 5))
+    assert many.route == "cholesky"
+    assert many.distance == pytest.approx(truth(features(300, 20, 1), features(200, 20, 5)), rel=1e-11)
+
+
+def test_conditioning_is_reported() -> None:
+    scale = torch.tensor([1.0, 1e-2, 1e-4], dtype=F8)
+    regular = frechet_terms(torch.zeros(3), torch.diag(scale), torch.zeros(3), torch.eye(3))
+    assert (regular.route, regular.condition2) == ("cholesky", 1.0)
+    assert regular.condition1 == pytest.approx(1e-4, rel=1e-12)
+    singular = frechet_terms(
+        torch.zeros(3), torch.diag(scale * torch.tensor([1.0, 1.0, 0.0])), torch.zeros(3), torch.eye(3)
+    )
+    assert (singular.route, singular.condition1, singular.rank1) == ("eigen", 0.0, 2)
+
+
+def test_blocks_of_the_product_cover_every_dimension(device: torch.device) -> None:
+    for dim in (255, 256, 257, 600):
+        x, y = features(2 * dim, dim, 1), features(2 * dim, dim, 5)
+        terms = frechet_terms(*(m.to(device) for v in (x, y) for m in moments(v)))
+        assert terms.route == "cholesky"
+        assert terms.distance == pytest.approx(truth(x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (normal(1, 5), ValueError, r"got \(1, 5\); add images"),
+        (normal(5), ValueError, r"got \(5,\)"),
+        (torch.full((4, 5), math.nan), ValueError, "NaN"),
+        (torch.ones(4, 5, dtype=torch.int64), TypeError, "floating point"),
+        (normal(9, 4), ValueError, "5 and 4 dimensions"),
+    ],
+)
+def test_features_that_give_no_distance_are_refused(bad: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FrechetReference(torch.zeros(5), torch.eye(5)).terms_of_features(bad)
+
+
+def test_statistics_of_one_image_or_another_dimension_are_refused() -> None:
+    reference = FrechetReference(torch.zeros(5), torch.eye(5))
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="at least 2 images, got 1"):
+            reference.distance(collected(normal(1, 5)), overwrite)
+        with pytest.raises(ValueError, match="5 and 4 dimensions"):
+            reference.distance(collected(normal(9, 4)), overwrite)

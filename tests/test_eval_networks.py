@@ -78,6 +78,22 @@ def test_a_function_and_its_identity() -> None:
     assert "its preprocessing is 'clean 8, [-1, 1]', not 'clean 8, [0, 1]'" in str(difference(wide, same[0]))
 
 
+def test_products_are_float32_whatever_the_process_chose() -> None:
+    seen = []
+
+    def network(x: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return x.flatten(1)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ModuleExtractor(network, "f", size=4, weights="none")
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import numpy as np
 import pytest
@@ -70,6 +71,15 @@ def test_tf1_is_that_of_nvidias_networks(shape: tuple[int, int]) -> None:
 def test_clean_is_pils_float_bicubic(shape: tuple[int, int]) -> None:
     x = levels(*shape)
     torch.testing.assert_close(resize.clean(x, 299), pil(x, 299).clamp(0, 255), rtol=0, atol=1e-3)
+
+
+def test_clean_is_clean_fids() -> None:
+    if importlib.util.find_spec("cleanfid") is None:
+        pytest.skip("clean-fid is not installed")
+    theirs = importlib.import_module("cleanfid.resize").build_resizer("clean")
+    x = levels(40, 56)
+    expected = torch.from_numpy(theirs(x[0].permute(1, 2, 0).to(torch.uint8).numpy())).permute(2, 0, 1)
+    torch.testing.assert_close(resize.clean(x, 299)[0], expected, rtol=0, atol=1e-3)
 
 
 def test_clean_is_clamped_where_the_cubic_overshoots() -> None:
