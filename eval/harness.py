@@ -1,77 +1,47 @@
-"""`evaluate`: from a pipeline and a reference to a figure with its standard error and everything needed to repeat it.
+"""`evaluate`: from samples and a reference to figures with standard errors and everything needed to repeat them.
 
-Images go from the pipeline through the extractors into statistics, batch by batch; none touches the disk. The samples are cut,
-in order, into `CHUNKS` chunks of nearly equal size whose statistics are kept, K d^2 numbers an extractor (20 x 32 MiB for
-Inception): together they give the distance, and leaving one out in turn its standard error. Where inputs repeat (labels
-``i % 10``), choose N so that a chunk holds whole rounds of them, or the error counts unequal labels as noise.
+Images go from their source through the extractors into features on disk, in blocks of sample indices (`flowkit.eval.runs`); no image
+touches the disk. One process then reads the features in the order of their indices and measures. So the samples, the batches that
+networks see and the order of every sum depend on the arguments alone: not on the number of processes, nor on stops and resumptions.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
 
-from flowkit.eval import provenance
-from flowkit.eval.features import FeatureExtractor
-from flowkit.eval.frechet import FrechetTerms, frechet_terms, jackknife_distances
-from flowkit.eval.intervals import jackknife_error
-from flowkit.eval.references import Extractor, Reference, match
-from flowkit.eval.statistics import FeatureStats, merged
-from flowkit.pipelines.sampling import Inputs, as_inputs, sample_images
+from flowkit.eval import provenance, runs
+from flowkit.eval.collect import Slot, collect
+from flowkit.eval.measuring import CHUNKS, Request, check_counts, measure_all, plan
+from flowkit.eval.processes import Processes
+from flowkit.eval.references import Extractor, Match, Reference
+from flowkit.eval.results import Result
+from flowkit.eval.runs import Spools
+from flowkit.eval.sources import ImageSource, Source, device_of, open_source
+from flowkit.eval.sources import count_rows as count_rows
+from flowkit.pipelines.sampling import Inputs
 
-METRICS = ("fid",)
-CHUNKS = 20
 # The usual N is 50,000; the bias of a smaller one, about c / N, differs between models and can turn their order.
 FEW = 10_000
 
 
-class Result(Mapping[str, float]):
-    """Figures by metric: the first extractor's under the metric's name ("fid"), others' as "fid/pixels".
-
-    Attributes:
-        se: standard errors under the same keys: sampling noise by the jackknife, for the reference as it is; NaN where there
-            are fewer than 4 images.
-        spec: what was measured and how, ready for JSON: everything needed to repeat it.
-        images: the first ``keep`` samples, uint8 (keep, C, H, W).
-    """
-
-    def __init__(
-        self, figures: Mapping[str, float], se: Mapping[str, float], spec: Mapping[str, Any], images: Tensor
-    ) -> None:
-        self._figures, self.se, self.spec, self.images = dict(figures), dict(se), dict(spec), images
-
-    def __getitem__(self, key: str) -> float:
-        """Returns the figure of a metric."""
-        return self._figures[key]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over the metrics."""
-        return iter(self._figures)
-
-    def __len__(self) -> int:
-        """Returns the number of figures."""
-        return len(self._figures)
-
-    def __repr__(self) -> str:
-        """Shows figures, standard errors and the number of images."""
-        figures = ", ".join(f"{key}={value:.4g}±{self.se[key]:.2g}" for key, value in self.items())
-        return f"Result({figures}, num_images={self.spec['samples']['count']})"
-
-
 def evaluate(
     pipe: Any,  # noqa: ANN401
-    reference: Reference | Sequence[Reference],
-    num_images: int,
-    metrics: Sequence[str] = METRICS,
+    reference: Reference | Sequence[Reference] = None,
+    num_images: int | None = None,
+    metrics: str | Sequence[str] = ("fid",),
     extractor: Extractor | Sequence[Extractor] | None = None,
     seed: int = 0,
     inputs: Inputs = None,
@@ -79,142 +49,89 @@ def evaluate(
     batch_size: int = 64,
     keep: int = 0,
     progress: bool = True,
+    exact: bool = False,
+    output: str | PathLike[str] | None = None,
+    resume: bool = True,
 ) -> Result:
-    """Samples from a pipeline and measures the Frechet distance to a reference.
+    """Measures samples against a reference, with standard errors and a record.
+
+    Started by ``accelerate launch`` or ``torchrun``, all processes call it with the same arguments, share the work and get the same
+    result; the main one prints and writes.
+
+    The same arguments give the same figures bit for bit on any number of processes, and however often the run was stopped and gone on
+    with, where the networks give the same bits for the same batch (one kind of machine, one version of torch). ``exact`` adds sums
+    without rounding, so that the order of the features does not count either: see `flowkit.eval.exact`.
 
     Args:
-        pipe: a diffusers pipeline that returns images.
-        reference: "digits" or "shapes" (embedded: held-out images); a path to .safetensors statistics of ours or an .npz with
-            mu and sigma; a `FeatureStats`; or a list with one for each extractor.
-        num_images: number of samples N, at least 2. Figures of different N do not compare.
-        metrics: "fid", the Frechet distance in whatever features.
-        extractor: "classifier", "pixels", "fid-tf", or any `FeatureExtractor`; a list of them shares one sampling pass. None
-            means the reference's own, "fid-tf" for an .npz that does not say.
-        seed: of the run; sample i has its own seed from (seed, i).
+        pipe: a diffusers pipeline that returns images; or images: a folder, .zip, .tar or .npz, a tensor, a data set, a function of an
+            index, an iterable of batches, or `flowkit.eval.images.Images`, which also says how files are decoded and floats rounded.
+        reference: "digits" or "shapes" (embedded: held-out images); a file of statistics, ours or another tool's; a `FeatureStats`;
+            images, as above; None where no metric needs one; or a list with one for each extractor. KID, CMMD, precision, recall,
+            density and coverage need images.
+        num_images: number of samples N, at least 2; figures of different N do not compare. None means all images, or 50,000 of a
+            pipeline.
+        metrics: names of `flowkit.eval.metrics.METRICS`, measured with every extractor; "METRIC/EXTRACTOR" is measured with that one
+            alone, which need not be in ``extractor``. The figure of "kid" is "kid" for the first extractor and "kid/NAME" for others.
+        extractor: a name that `flowkit.eval.features.create` knows, or any `FeatureExtractor`; a list of them shares one pass. None
+            means the reference's own, and "fid-tf" where it does not say or is images.
+        seed: of the pipeline's noise; sample i has its own from (seed, i).
         inputs: arguments of each sample, cycled when there are fewer: prompts or labels, dicts, or index -> dict; see
             `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples, e.g. ``dict(num_inference_steps=8)``.
-        batch_size: images per call of the pipeline; it does not change them.
+        batch_size: images at a time. Networks round differently in other batches, so it is part of what makes the figure.
         keep: how many of the first images to return.
-        progress: show a bar with the time left.
+        progress: show how far it is, and the time left.
+        exact: sums of whole numbers, at the cost of one more pass over the features and of rounding them to 2^-20 of their range.
+        output: folder of the run, which all processes must see; a run that was stopped there goes on, and one that is finished is
+            measured again without drawing anything, also with more metrics. None uses a temporary folder.
+        resume: go on with the run in ``output``; False refuses a folder that holds one.
 
     Returns:
         Figures, standard errors, record and images.
 
     Raises:
-        FileNotFoundError: for a reference or weights that are not there.
-        TypeError: for arguments that the pipeline does not take.
-        ValueError: for an unknown metric, too few images, a reference of another extractor, or images that are not finite.
+        FileNotFoundError: for a source, a reference or weights that are not there.
+        OSError: for a disk without room for the features.
+        TypeError: for arguments that the source does not take.
+        ValueError: for an unknown metric, too few images, a reference that does not fit, a folder with another run, processes with
+            different arguments; and for images or features that are not finite.
     """
+    began = time.perf_counter()
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    if unknown := [m for m in metrics if m not in METRICS]:
-        raise ValueError(f"unknown metric {unknown[0]!r}; choose {', '.join(METRICS)}")
-    if not metrics or num_images < 2 or keep < 0:
+    if not metrics or (num_images is not None and num_images < 2) or keep < 0:
         raise ValueError(f"got metrics={metrics}, num_images={num_images}, keep={keep}; at least one metric and 2 images are "
                          "needed, and keep must not be negative")  # fmt: skip
-    matches = match(reference, extractor, pipe.device)
-    names = [m.extractor.name for m in matches]
-    if len(set(names)) < len(names):
-        raise ValueError(f"extractors share a name ({', '.join(names)}), so their figures would too; give each its own")
-    batches = sample_images(pipe, num_images, seed=seed, inputs=inputs, call=call, batch_size=batch_size)
-    if num_images < FEW:
-        warnings.warn(f"a Frechet distance of {num_images:,} images is biased upwards; compare it only with others of the same "
-                      f"number, and use {FEW:,} or more for figures to quote", stacklevel=2)  # fmt: skip
-
-    keys = ["fid", *(f"fid/{name}" for name in names[1:])]
-    figures, se, features = {}, {}, {}
-    with _bar(progress) as bar:
-        with count_rows(pipe) as rows:
-            stats, images, seconds = _sample(batches, [m.extractor for m in matches], num_images, keep, bar)
-        for key, one, chunks in zip(keys, matches, stats, strict=True):
-            began = time.perf_counter()
-            terms, se[key] = _measure(chunks, one.stats, bar, key)
-            figures[key] = terms.distance
-            seconds[key] = time.perf_counter() - began
-            features[key] = {
-                "extractor": dict(one.extractor.identity),
-                "reference": one.describe(),
-                "terms": terms._asdict(),
-            }
-    spec = {
-        "samples": {
-            "count": num_images,
-            "seed": seed,
-            "seeds": "torch.Generator('cpu').manual_seed(flowkit.rng.sample_seed(seed, index)) for each sample",
-            "inputs_sha256": provenance.hash_inputs(as_inputs(pipe, inputs), num_images),
-            "call": provenance.describe(call or {}),
-            "batch_size": batch_size,
-        },
-        "pipeline": provenance.describe_pipeline(pipe),
-        "features": features,
-        "network_evaluations": rows() / num_images if rows() else None,
-        "seconds": seconds,
-        "versions": provenance.versions(),
-    }
-    return Result(figures, se, spec, images)
+    device = device_of(pipe)
+    processes = Processes.join(device)
+    job = processes.agree(lambda: _prepare(pipe, reference, num_images, metrics, extractor, seed, inputs, call, batch_size, device,
+                                           processes))  # fmt: skip
+    if processes.main and job.source.count < FEW and any("fid" in r.metrics for r in job.requests):
+        warnings.warn(f"a Frechet distance of {job.source.count:,} images is biased upwards; compare it only with others of the "
+                      f"same number, and use {FEW:,} or more for figures to quote", stacklevel=2)  # fmt: skip
+    settings = _agreed_settings(job, processes)
+    with _folder(output, processes) as folder, _bar(progress and processes.main) as bar:
+        if processes.main or processes.count > 1:
+            processes.agree(lambda: runs.open_run(folder, settings, resume or output is None) if processes.main else None)
+        spools = processes.agree(lambda: _collect_all(job, folder, keep, processes, bar))
+        result = processes.share(
+            processes.agree(
+                lambda: _measure(job, spools, folder, settings, exact, processes, bar, began) if processes.main else None
+            )
+        )
+    assert result is not None
+    return result
 
 
-def _sample(
-    batches: Iterable[Tensor], extractors: Sequence[FeatureExtractor], count: int, keep: int, bar: Progress
-) -> tuple[list[list[FeatureStats]], Tensor, dict[str, float]]:
-    """The one pass: statistics by extractor and chunk, the first ``keep`` images, and seconds spent."""
-    chunks = max(1, min(CHUNKS, count // 2))
-    bounds = [count * k // chunks for k in range(chunks + 1)]
-    stats = [[FeatureStats.empty(e.dim, e.identity) for _ in range(chunks)] for e in extractors]
-    task, kept, done = bar.add_task("sampling", total=count), [], 0
-    began, extracting = time.perf_counter(), 0.0
-    for batch in batches:
-        came = time.perf_counter()
-        for extractor, own in zip(extractors, stats, strict=True):
-            features = extractor(batch)
-            for chunk, low, high in zip(own, bounds[:-1], bounds[1:], strict=True):
-                chunk.update(features[max(0, low - done) : max(0, high - done)])
-        kept.append(batch[: max(0, keep - done)])
-        done += len(batch)
-        bar.update(task, completed=done)
-        extracting += time.perf_counter() - came
-    sampling = time.perf_counter() - began - extracting
-    return stats, torch.cat(kept), {"sampling": sampling, "features": extracting}
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured.
 
-
-def _measure(
-    chunks: Sequence[FeatureStats], reference: FeatureStats, bar: Progress, key: str
-) -> tuple[FrechetTerms, float]:
-    """The distance of all chunks together, and its standard error."""
-    total = merged(chunks)
-    terms = frechet_terms(reference.mean, reference.covariance(), total.mean, total.covariance())
-    if len(chunks) < 2:
-        return terms, math.nan
-    distances = jackknife_distances(chunks, reference)
-    return terms, jackknife_error(bar.track(distances, total=len(chunks), description=f"error of {key}"))
-
-
-@contextmanager
-def count_rows(pipe: Any) -> Iterator[Callable[[], int]]:  # noqa: ANN401
-    """Counts what the denoiser is given while it lasts: rows of its batch, so that a CFG pair counts as two.
-
-    Args:
-        pipe: the pipeline; its denoiser is ``unet``, ``transformer`` or ``transformer_2``.
-
-    Yields:
-        A function that returns the number so far; 0 for a pipeline without such a denoiser.
+    Attributes:
+        source: of the samples.
+        requests: by extractor.
+        references: images that references are made from, by name of the extractor.
     """
-    total = 0
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal total
-        # The latents come first, as a tensor or (packed transformers) as a list with one for each sample.
-        total += len(next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))))
-
-    parts = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
-    handles = [part.register_forward_pre_hook(count, with_kwargs=True) for part in parts if isinstance(part, nn.Module)]
-    try:
-        yield lambda: total
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
+    source: Source
+    requests: Sequence[Request]
+    references: Mapping[str, ImageSource]
