@@ -85,7 +85,7 @@ class Images:
                 f"images up to {max(start, stop or 0)} are asked for, there are {self.count}; ask for fewer"
             )
         if self.read is None:
-            yield from self._streamed(size, start, stop)
+            yield from self._streamed(size, start, self.count if stop is None else stop)
             return
         stop = len(self) if stop is None else stop
         shape: torch.Size | None = None
@@ -118,10 +118,8 @@ class Images:
             held = [ready]
             if stop is not None and seen >= stop:
                 break
-        if seen < max(start, stop or 0) or (stop is None and self.count is not None and seen < self.count):
-            raise ValueError(
-                f"the images ended after {seen}, {stop or self.count or start} were promised; pass their number"
-            )
+        if seen < max(start, stop or 0):
+            raise ValueError(f"the images ended after {seen}, {max(start, stop or 0)} were promised; pass their number")
         if held and len(held[0]):
             yield held[0]
 

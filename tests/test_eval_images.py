@@ -148,6 +148,7 @@ def test_batches_are_cut_into_blocks() -> None:
     assert torch.equal(read(found), PIXELS)
     assert torch.equal(read(images(batches()), start=2, stop=6), PIXELS[2:6])
     assert torch.equal(read(images(batches(), count=COUNT), size=100), PIXELS)
+    assert torch.equal(read(images(batches(), count=4)), PIXELS[:4])
     loader = images(DataLoader(TensorDataset(PIXELS, torch.arange(COUNT)), batch_size=2))
     assert torch.equal(read(loader), PIXELS)
     assert torch.equal(read(loader), PIXELS)  # a loader can be read again
