@@ -123,7 +123,9 @@ def collect(
             done(len(drawn))
         if images is None and todo:
             span = spools.blocks[todo[0]]
-            raise ValueError(f"the images ended before number {span.stop - 1}, {source.count:,} were promised; ask for fewer")
+            raise ValueError(
+                f"the images ended before number {span.stop - 1}, {source.count:,} were promised; ask for fewer"
+            )
 
 
 class _Block:
@@ -134,13 +136,14 @@ class _Block:
         self._begin()
 
     def _begin(self) -> None:
-        self.count, self._digest = 0, hashlib.sha256()
+        self.count, self._shape, self._digest = 0, list[int](), hashlib.sha256()
         self._kept, self._features = list[Tensor](), defaultdict[str, list[Tensor]](list)
 
     def add(self, images: Tensor, features: Mapping[str, Tensor], keep: int) -> None:
         """Adds a batch, of whose images those among the first ``keep`` of the block are kept."""
         images = images.cpu().contiguous()
-        self._digest.update(f"{tuple(images.shape[1:])} ".encode() + images.numpy().tobytes())
+        self._shape = list(images.shape[1:])
+        self._digest.update(f"{self._shape} ".encode() + images.numpy().tobytes())
         self._kept.append(images[: max(0, keep - self.count)])
         self.count += len(images)
         for name, x in features.items():
@@ -151,6 +154,7 @@ class _Block:
         rows = self._source.rows()
         entry = {
             "images": self.count,
+            "shape": self._shape,
             "sha256": self._digest.hexdigest(),
             "seconds": {"sampling": self.sampling, "features": self.extracting},
             "rows": rows - self._rows,

@@ -88,7 +88,8 @@ def _listed(value: Any, count: int) -> list[Any]:  # noqa: ANN401
 def _match(reference: Reference, extractor: Extractor | None, device: torch.device | str) -> Match:
     origin, candidates, found = _load(reference)
     known = [stats.identity for stats in candidates if stats.identity is not None]
-    if extractor is None and not known and found is None and not origin.endswith(formats.FOREIGN):
+    silent = reference is not None and found is None and not origin.endswith(formats.FOREIGN)
+    if extractor is None and not known and silent:
         raise ValueError(f"the reference ({origin}) does not say which extractor made it; pass extractor=")
     if extractor is None:
         extractor = features.create(known[0] if known else {"name": "fid-tf"}, device)

@@ -89,7 +89,7 @@ class Spools:
     def kept(self) -> Tensor:
         """Returns the first images, uint8 (keep, C, H, W)."""
         parts = [weights.read(self._kept(k))[0]["images"] for k in range(len(self.blocks)) if self.kept_of(k)]
-        return torch.cat(parts)[: self._keep] if parts else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(parts) if parts else torch.empty(0, *self.entries()[0]["shape"], dtype=torch.uint8)
 
     def kept_of(self, index: int) -> int:
         """Returns how many images of a block are kept as they are."""
@@ -97,7 +97,9 @@ class Spools:
 
     def _kept_whole(self, index: int) -> bool:
         wanted = self.kept_of(index)
-        return not wanted or (self._kept(index).is_file() and len(weights.read(self._kept(index))[0]["images"]) >= wanted)
+        return not wanted or (
+            self._kept(index).is_file() and len(weights.read(self._kept(index))[0]["images"]) >= wanted
+        )
 
     def _kept(self, index: int) -> Path:
         return self.folder / f"kept-{index:06d}.safetensors"
@@ -127,11 +129,15 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         if folder.exists() and any(not _TORN.fullmatch(entry.name) for entry in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no {SETTINGS}, so it is no folder of an evaluation; choose another")
+            raise ValueError(
+                f"{folder} is not empty and holds no {SETTINGS}, so it is no folder of an evaluation; choose another"
+            )
         write_json(path, settings)
         return
     if not resume:
-        raise ValueError(f"{folder} holds an evaluation already; pass resume=True to go on with it, or choose another folder")
+        raise ValueError(
+            f"{folder} holds an evaluation already; pass resume=True to go on with it, or choose another folder"
+        )
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

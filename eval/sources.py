@@ -189,9 +189,13 @@ def open_source(
     if is_pipeline(source):
         return PipelineSource(source, count, seed, inputs, call, batch_size)
     if inputs is not None or call:
-        raise TypeError(f"inputs and call are arguments of a pipeline, and the source is {type(source).__name__}; leave them out")
+        raise TypeError(
+            f"inputs and call are arguments of a pipeline, and the source is {type(source).__name__}; leave them out"
+        )
     if seed:
-        raise ValueError(f"seed={seed} is of a pipeline's noise, and the source is {type(source).__name__}; leave it out")
+        raise ValueError(
+            f"seed={seed} is of a pipeline's noise, and the source is {type(source).__name__}; leave it out"
+        )
     # A function's end is not known to it; that there are too few files is said with their folder.
     found = source if isinstance(source, Images) else images(source, count=count if _endless(source) else None)
     return ImageSource(found, count, batch_size)
