@@ -95,7 +95,7 @@ def _check_same_measure(key: str, one: Result, other: Result) -> None:
     measures = [{p: r.spec["features"][key][p] for p in ("extractor", "reference")} for r in (one, other)]
     for measure in measures:
         measure["reference"] = {k: v for k, v in measure["reference"].items() if k != "origin"}
-    if found := first_difference(*measures):
+    if found := first_difference(measures[0], measures[1]):
         place, here, there = found
         raise ValueError(f"{key!r} was measured with {place} {here!r:.60} and {there!r:.60}; measure both alike")
 

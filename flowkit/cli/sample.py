@@ -95,32 +95,10 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         here: the device of this process.
         console: for what goes on.
     """
-    request = options.read(given)
     store.check_writable(given.output)
-    device = _device(given.device, here)
-    if given.dtype != "auto" and given.dtype not in _DTYPES:
-        raise ValueError(f"unknown --dtype {given.dtype!r}; choose auto, {', '.join(_DTYPES)}")
-    if given.offload and device.type != "cuda":
-        raise ValueError(
-            f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
-        )
-    source = loading.find(given.model, given.variant)
-    config = loading.scheduler_config(source)
-    if config is not None:  # a wrong name is cheaper to find before the weights are read
-        scheduling.make(config, given.scheduler, request.knobs, given.eta)
-    console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
-    dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
-    pipe = for_task(loading.load(source, dtype, given.variant), request)
-    if source.name in assets.NAMES and device.type == "cpu":
-        torch.set_num_threads(1)  # so small a network gains nothing from more
+    pipe, request, source, device = open_model(given, here, console)
     kind = media.kind(pipe)
-    request = _scheduled(pipe, given, request)
-    _check_inputs(pipe, request)
     file_format = media.choose_format(type(pipe).__name__, kind, given.file_format)
-    if given.offload:
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
     count = given.count if given.count is not None else len(request.rows)
     size = given.batch_size or _BATCH.get(kind) or (4 if "prompt" in request.rows[0] else 16)
     indices = range(given.start, given.start + count)
@@ -147,6 +125,45 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         settings["fps"] = rate
     cut = blocks(pipe, count, inputs=request.rows, batch_size=size, start=given.start)
     return Job(pipe, request, kind, cut, settings, store.Store(given.output, file_format, indices), rate)
+
+
+def open_model(
+    given: Options, here: torch.device, console: Console
+) -> tuple[Any, Request, loading.Source, torch.device]:
+    """Reads the options, loads the model with its scheduler, and checks that it takes what is asked.
+
+    Args:
+        given: the options.
+        here: the device of this process.
+        console: for what goes on.
+
+    Returns:
+        The pipeline on its device, inputs and arguments, where the model came from, and the device.
+    """
+    request = options.read(given)
+    device = _device(given.device, here)
+    if given.dtype != "auto" and given.dtype not in _DTYPES:
+        raise ValueError(f"unknown --dtype {given.dtype!r}; choose auto, {', '.join(_DTYPES)}")
+    if given.offload and device.type != "cuda":
+        raise ValueError(
+            f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
+        )
+    source = loading.find(given.model, given.variant)
+    config = loading.scheduler_config(source)
+    if config is not None:  # a wrong name is cheaper to find before the weights are read
+        scheduling.make(config, given.scheduler, request.knobs, given.eta)
+    console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
+    dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
+    pipe = for_task(loading.load(source, dtype, given.variant), request)
+    if source.name in assets.NAMES and device.type == "cpu":
+        torch.set_num_threads(1)  # so small a network gains nothing from more
+    request = _scheduled(pipe, given, request)
+    _check_inputs(pipe, request)
+    if given.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe, request, source, device
 
 
 def for_task(pipe: Any, request: Request) -> Any:  # noqa: ANN401
