@@ -9,6 +9,7 @@ from flowkit.eval.features import FeatureExtractor as FeatureExtractor
 from flowkit.eval.features import PixelExtractor as PixelExtractor
 from flowkit.eval.frechet import frechet_distance as frechet_distance
 from flowkit.eval.harness import evaluate as evaluate
+from flowkit.eval.harness import make_statistics as make_statistics
 from flowkit.eval.images import Images as Images
 from flowkit.eval.inception import InceptionExtractor as InceptionExtractor
 from flowkit.eval.networks import ModuleExtractor as ModuleExtractor

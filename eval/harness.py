@@ -25,13 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowkit.eval import provenance, runs
 from flowkit.eval.collect import Slot, collect
-from flowkit.eval.measuring import Request, check_counts, measure_all, plan, record
+from flowkit.eval.features import FeatureExtractor
+from flowkit.eval.measuring import Request, check_counts, largest, measure_all, plan, record, sums
 from flowkit.eval.processes import Processes
-from flowkit.eval.references import Extractor, Reference
+from flowkit.eval.references import Extractor, Reference, match
 from flowkit.eval.results import Result as Result
 from flowkit.eval.runs import Spools
 from flowkit.eval.sources import ImageSource, Source, device_of, open_source
 from flowkit.eval.sources import count_rows as count_rows
+from flowkit.eval.statistics import FeatureStats
 from flowkit.pipelines.sampling import Inputs
 
 # The usual N is 50,000; the bias of a smaller one, about c / N, differs between models and can turn their order.
@@ -119,7 +121,7 @@ def evaluate(
             fresh = resume or output is None
             processes.agree(lambda: runs.open_run(folder, settings, fresh) if processes.main else None)
         # What is missing is looked up in all processes before any fills a gap.
-        plans = processes.agree(lambda: _spools(job, folder, keep))
+        plans = processes.agree(lambda: _spools(_sets(job), folder, keep))
         for one in plans:
             processes.agree(lambda one=one: _collect(one, processes, bar))  # type: ignore[misc]
         processes.agree(lambda: _check_whole(plans) if processes.main else None)
@@ -133,6 +135,54 @@ def evaluate(
             shared.save(folder / runs.RESULT)
         processes.wait()
     return cast(Result, shared)
+
+
+def make_statistics(
+    source: Any,  # noqa: ANN401
+    extractor: Extractor | None = None,
+    num_images: int | None = None,
+    like: Reference = None,
+    seed: int = 0,
+    inputs: Inputs = None,
+    call: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    exact: bool = False,
+) -> FeatureStats:
+    """Returns the statistics of images, to be saved and passed to `evaluate` as a reference.
+
+    Args:
+        source: images or a pipeline, as for `evaluate`, as are the others.
+        extractor: one. None means that of ``like``, or "fid-tf".
+        num_images: how many; None means all, or 50,000 of a pipeline.
+        like: a reference whose extractor is used.
+        seed: of a pipeline's noise.
+        inputs: arguments of each sample.
+        call: arguments of all.
+        batch_size: images at a time.
+        progress: show how far it is.
+        exact: sums without rounding.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `evaluate`.
+    """
+    processes = Processes.join(device_of(source))
+
+    def prepare() -> tuple[Source, FeatureExtractor]:
+        own = match(like, extractor, device_of(source))[0].extractor
+        return open_source(source, num_images, seed, inputs, call, batch_size), own
+
+    images, own = processes.agree(prepare)
+    _check_alike(processes.gather({"samples": images.describe(), "extractor": dict(own.identity)}))
+    with _folder(None, processes) as folder, _bar(progress and processes.main) as bar:
+        (one,) = processes.agree(lambda: _spools([(None, images, [Slot(own)])], folder))
+        processes.agree(lambda: _collect(one, processes, bar))
+        processes.agree(lambda: _check_whole([one]) if processes.main else None)
+        rows = one.spools.features[own.name]
+        bound = largest(rows) if exact else None
+        stats = sums(rows, range(len(rows)), dict(own.identity), bound).stats()
+        processes.wait()
+    return stats
 
 
 @dataclass(frozen=True)
@@ -222,13 +272,20 @@ class Plan:
     missing: Sequence[int]
 
 
-def _spools(job: Job, folder: Path, keep: int) -> list[Plan]:
-    """The references and then the samples, with the blocks that are missing."""
-    sets: list[tuple[str | None, Source, list[Slot]]] = [
-        (name, source, [Slot(r.match.extractor) for r in job.requests if r.name == name])
-        for name, source in job.references.items()
+_Set = tuple[str | None, Source, Sequence[Slot]]
+
+
+def _sets(job: Job) -> list[_Set]:
+    """The references and then the samples."""
+    slots = [slot for request in job.requests for slot in request.slots()]
+    references = [
+        (r.name, job.references[r.name], [Slot(r.match.extractor)]) for r in job.requests if r.name in job.references
     ]
-    sets.append((None, job.source, [slot for r in job.requests for slot in r.slots()]))
+    return [*references, (None, job.source, slots)]
+
+
+def _spools(sets: Sequence[_Set], folder: Path, keep: int = 0) -> list[Plan]:
+    """What of the sets is missing in a folder."""
     plans = []
     for name, source, slots in sets:
         place = folder / ("samples" if name is None else f"reference-{runs.file_name(name)}")

@@ -73,8 +73,9 @@ for line in sys.stdin:
 
 class Server:
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=environment, **pipes)
         assert self._process.stderr is not None
         os.set_blocking(self._process.stderr.fileno(), False)
 
@@ -373,7 +374,7 @@ def test_metrics_that_cannot_be_served_are_refused_before_anything_is_drawn(draw
 
     stats = FeatureStats.empty(64, PixelExtractor(1).identity)
     stats.update(torch.randn(100, 64))
-    for kwargs, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         (
             {"reference": stats, "metrics": ["fid", "kid"]},
             "'kid' is measured against images, and in memory holds statistics",

@@ -64,14 +64,12 @@ def run(given: Options) -> None:
         ValueError, TypeError, OSError, ImportError: for options, a model or a folder that cannot be used, before anything is
             sampled; while sampling, for samples that are not finite, too little memory, or a full disk.
     """
-    # Without a GPU accelerate joins processes only where it is told that the CPU is meant; blocks of video take long.
-    cpu = given.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    state = join(given.device)
     console = Console(stderr=True, quiet=not state.is_main_process)
     if state.num_processes > 1:  # one downloads, the others find it there
-        _agreed(state, lambda: loading.find(given.model, given.variant) if state.is_main_process else None)
-    job = _agreed(state, lambda: prepare(given, state.device, console))
-    _agreed(state, lambda: job.store.open(job.settings, given.overwrite) if state.is_main_process else None)
+        agreed(state, lambda: loading.find(given.model, given.variant) if state.is_main_process else None)
+    job = agreed(state, lambda: prepare(given, state.device, console))
+    agreed(state, lambda: job.store.open(job.settings, given.overwrite) if state.is_main_process else None)
     absent = job.store.missing(job.blocks)
     state.wait_for_everyone()  # before anyone fills a gap that another has yet to see
     mine = absent[state.process_index :: state.num_processes]
@@ -344,7 +342,14 @@ def _memory_told() -> Iterator[None]:
         ) from error
 
 
-def _agreed(state: PartialState, work: Callable[[], _Result]) -> _Result:
+def join(device: str) -> PartialState:
+    """Returns this process among those that a launcher started with it; one alone without a launcher."""
+    # Without a GPU accelerate joins processes only where it is told that the CPU is meant; blocks of video take long.
+    cpu = device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def agreed(state: PartialState, work: Callable[[], _Result]) -> _Result:
     """Does work in all processes; where it fails in any, none goes on, and the main one says why."""
     if state.num_processes == 1:
         return work()
