@@ -181,12 +181,12 @@ def measure_all(
     own = FeatureSet(chunks, rows, samples.features.get(Slot(request.match.extractor, logits=True).name))
     other = FeatureSet(() if stats is None else (stats,), theirs)
     described = Match(request.match.extractor, stats, request.match.origin).describe()
-    if theirs is not None:
-        described["images"] = len(theirs)
     for metric in dict.fromkeys(METRICS[name] for name in request.metrics):
         keys = {key: name for key, name in request.keys.items() if METRICS[name] is metric}
         found = measure(list(dict.fromkeys(keys.values())), own, other, track)
-        yield {key: found[name] for key, name in keys.items()}, described, time.perf_counter() - began
+        by_images = metric.reference == "features" or request.match.stats is None
+        origin = {**described, "images": len(theirs)} if theirs is not None and by_images else described
+        yield {key: found[name] for key, name in keys.items()}, origin, time.perf_counter() - began
         began = time.perf_counter()
 
 

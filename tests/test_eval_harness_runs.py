@@ -119,7 +119,7 @@ class Server:
 
     def _line(self) -> str:
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        return str(self._process.stdout.readline())
 
     def errors(self) -> str:
         assert self._process.stderr is not None
