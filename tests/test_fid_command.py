@@ -154,3 +154,20 @@ def test_processes_of_accelerate_give_the_same_bits(run: Path, tmp_path: Path) -
     wrong = subprocess.run([*launch, *call, str(ROOT / "README.md")], capture_output=True, text=True, env=environment)
     assert wrong.returncode != 0
     assert wrong.stderr.count("error: --output") == 1
+
+
+def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL)
+    assert [kind for kind, _ in blocks].count("bash") == 5
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for kind, code in blocks:
+        if kind == "python":
+            exec(compile(code, "docs/evaluation.md", "exec"), names)
+        else:
+            for line in code.splitlines():
+                assert line.startswith("flowkit fid ")
+                invoke(*line.split()[2:])
+    assert set(Result.load("runs/four")) == {"fid", "kid", "recall"}
+    assert json.loads(Path("four.json").read_text())["figures"]["fid"]["value"] == Result.load("runs/four")["fid"]
