@@ -200,7 +200,9 @@ def killed_and_resumed(server: Server, out: Path, kills: int, worlds: list[int])
         time.sleep(chance.uniform(0, 0.05))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        assert set(server.wait()) <= {-signal.SIGKILL, 0}
+        codes = server.wait()
+        assert -signal.SIGKILL in codes
+        assert set(codes) <= {-signal.SIGKILL, 0}
     assert not (out / "result.json").exists()
     server.start(out, world=worlds[-1])
     assert set(server.wait()) == {0}, server.errors()
@@ -297,6 +299,16 @@ def test_one_process_alone_agrees_with_itself() -> None:
     one = Processes.join(torch.device("cpu"))
     assert (one.main, one.count, one.gather(5), one.share("x"), one.agree(lambda: 3)) == (True, 1, [5], "x", 3)
     assert issubclass(PeerError, RuntimeError)
+
+
+def test_exact_sums_do_not_see_how_features_are_grouped(drawn: Tensor) -> None:
+    """Pixels are the same in any batch, so the figures are the same bits; and those of float64 to the rounding of the features."""
+    shared: dict[str, Any] = {"reference": "digits", "extractor": "pixels", "progress": False}
+    found = [evaluate(drawn, batch_size=size, exact=True, **shared) for size in (1, 10, 64)]
+    assert found[0]["fid"] == found[1]["fid"] == found[2]["fid"]
+    assert found[0].se == found[1].se == found[2].se
+    assert found[0].spec["exact"] is True
+    assert found[0]["fid"] == pytest.approx(evaluate(drawn, **shared)["fid"], rel=1e-6)
 
 
 # Sources.
