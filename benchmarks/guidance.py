@@ -2,6 +2,7 @@
 
     python benchmarks/guidance.py            # a quarter of an hour on one core; prints tables, writes benchmarks/guidance.json
     python benchmarks/guidance.py --table    # prints the tables of docs/guidance.md from the committed JSON
+    python benchmarks/guidance.py --plot docs/guidance.png    # draws them
 
 Every method is set to save a share of the network rows of full guidance, on samples of its own, and then measured on others. The
 distance is the RMS difference of final samples, all elements of all samples together; its standard error is over samples.
@@ -36,6 +37,13 @@ from flowkit.weights import write_bytes
 STEPS, SAMPLES, FITTED, SCALES = 16, 240, 60, (2.0, 5.0)
 SAVINGS = (0.125, 0.25, 0.375, 0.4, 0.4375)
 ROUNDS = 60
+STYLES = {
+    "AG": ("#0072b2", "o"),
+    "LinearAG": ("#009e73", "^"),
+    "cutoff": ("#d55e00", "s"),
+    "interval": ("#cc79a7", "D"),
+    "fewer steps": ("#777777", "v"),
+}  # Okabe & Ito 2008
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def overhead() -> dict[str, float]:
 def table(found: dict[str, Any]) -> str:
     """The tables of docs/guidance.md."""
     lines = []
-    methods = ("AG", "LinearAG", "cutoff", "interval", "fewer steps")
+    methods = list(STYLES)
     for part in found["curves"]:
         rows = part["rows"]
         nothing = next(row["rmse"] for row in rows if row["method"] == "no guidance")
@@ -192,13 +200,42 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Draws the distance to full guidance, as a share of that of no guidance, against the rows saved."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(part["case"] for part in found["curves"]))
+    figure = Figure(figsize=(3 * len(names), 5.6), dpi=150, layout="constrained", facecolor="white")
+    grid = figure.subplots(len(SCALES), len(names), sharex=True, sharey=True)
+    for part in found["curves"]:
+        axes = grid[SCALES.index(part["scale"])][names.index(part["case"])]
+        nothing = next(row["rmse"] for row in part["rows"] if row["method"] == "no guidance")
+        for method, (colour, marker) in STYLES.items():
+            rows = sorted((row for row in part["rows"] if row["method"] == method), key=lambda row: row["saved"])
+            x, y, se = zip(*((100 * r["saved"], r["rmse"] / nothing, r["se"] / nothing) for r in rows), strict=True)
+            axes.errorbar(x, y, se, color=colour, marker=marker, markersize=4, linewidth=1.3, label=method)
+        axes.set_title(f"{part['case']}, w = {part['scale']:g}", fontsize=9)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("network rows saved, %", fontsize=9)
+    figure.supylabel("RMSE to full guidance / that of no guidance", fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=len(labels), loc="outside upper center")
+    figure.savefig(file)
+
+
 def main() -> None:
     """Measures, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description="Measure guidance methods against full guidance.")
     parser.add_argument("--table", action="store_true", help="print the tables of the committed JSON, measure nothing")
-    file = Path(__file__).with_suffix(".json")
-    if parser.parse_args().table:
-        print(table(json.loads(file.read_text())))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the committed JSON, measure nothing")
+    given, file = parser.parse_args(), Path(__file__).with_suffix(".json")
+    if given.table or given.plot:
+        found = json.loads(file.read_text())
+        if given.plot:
+            plot(found, given.plot)
+        if given.table:
+            print(table(found))
         return
     torch.set_num_threads(1)
     found: dict[str, Any] = {"curves": []}

@@ -1,30 +1,28 @@
-"""Recording a pipeline at ``scheduler.step``, the one point that every diffusers pipeline passes, guidance done."""
+"""Recording runs of a pipeline under a scheduler of ours, guidance done."""
 
 from __future__ import annotations
 
-import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flowkit.hooks import Recorder, Trajectory, attach
 from flowkit.schedulers import RectifiedFlowScheduler
 
 
-@dataclass
-class Trajectory:
-    """One call of a pipeline, on the CPU.
+class _Counting(Recorder):
+    """A recorder that tells of every step."""
 
-    Attributes:
-        states: the sample before each of N steps and after the last, N + 1 tensors (B, ...).
-        outputs: the network's output at each step after guidance, without the channels of a learned variance, N tensors.
-    """
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        super().__init__("state", "output", limit=sys.maxsize)  # what is taken in time needs no bound
+        self._on_step = on_step
 
-    states: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    def after_step(self, run: Any, sample: Tensor) -> None:  # noqa: ANN401
+        super().after_step(run, sample)
+        self._on_step(len(sample))
 
 
 @contextmanager
@@ -33,49 +31,31 @@ def recording(
     scheduler: RectifiedFlowScheduler,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Callable[[], Trajectory]]:
-    """Puts a scheduler into a pipeline and records its steps; the pipeline's own is back afterwards, after an error too.
+    """Puts a scheduler into a pipeline and records it; the pipeline's own is back afterwards, after an error too.
 
     Args:
-        pipe: any diffusers pipeline.
+        pipe: any diffusers pipeline that `flowkit.attach` takes.
         scheduler: the one to run; it is forked, not changed.
         on_step: called after each step with the number of samples in the batch.
 
     Yields:
-        A function that returns what was recorded since its last call.
+        A function that returns what was recorded since its last call, states and outputs of one run of the pipeline.
 
     Raises:
-        ValueError: while the pipeline runs, if it changes the sample between two steps.
+        ValueError: from that function, where the pipeline changed the sample between two steps.
     """
-    before, fork, current = pipe.scheduler, scheduler.fork(), Trajectory()
-    step, result = fork.step, torch.empty(0)
-
-    @functools.wraps(step)  # pipelines look for "eta" and "generator" in the signature
-    def recorded(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        nonlocal result
-        done = len(current.outputs)
-        if done and not torch.equal(result.to(sample), sample):
-            raise ValueError(f"{type(pipe).__name__} changes the sample after step {done}, so its states are not one "
-                             "trajectory of the solver; leave out what does it (a mask, a callback)")  # fmt: skip
-        output = step(model_output, timestep, sample, *args, **kwargs)
-        result = output[0]
-        current.states += [_kept(result)] if done else [_kept(sample), _kept(result)]
-        current.outputs.append(_kept(model_output[:, : sample.shape[1]]))
-        on_step(len(sample))
-        return output
+    before, recorder = pipe.scheduler, _Counting(on_step)
 
     def take() -> Trajectory:
-        nonlocal current
-        taken, current = current, Trajectory()
-        return taken
+        (run,) = recorder.take()
+        if run.edited:
+            raise ValueError(f"{type(pipe).__name__} changes the sample after step {run.edited[0]}, so its states are not one "
+                             "trajectory of the solver; leave out what does it (a mask, a callback)")  # fmt: skip
+        return run
 
-    fork.step = recorded  # type: ignore[method-assign]
-    pipe.scheduler = fork
+    pipe.scheduler = scheduler.fork()
     try:
-        yield take
+        with attach(pipe, recorder):
+            yield take
     finally:
         pipe.scheduler = before
-
-
-def _kept(x: Tensor) -> Tensor:
-    """A copy that no later step of the pipeline writes into."""
-    return x.detach().to("cpu", copy=True)

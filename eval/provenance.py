@@ -65,6 +65,37 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
+def first_difference(old: Any, new: Any, place: str = "") -> tuple[str, Any, Any] | None:  # noqa: ANN401
+    """Returns where two values of JSON differ first, and the two values there; None where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            if found := first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key):
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return next((found for i, pair in pairs if (found := first_difference(*pair, f"{place}[{i}]"))), None)
+    return None if old == new else (place, old, new)
+
+
+def fingerprint(pipe: Any) -> str:  # noqa: ANN401
+    """Returns a hash that tells pipelines of other weights apart, LoRA and other adapters included.
+
+    It covers names, shapes, dtypes and up to 1024 evenly spaced numbers of every tensor: training moves every weight.
+    """
+    digest = hashlib.sha256()
+    components = getattr(pipe, "components", {})
+    for part in sorted(name for name, value in components.items() if isinstance(value, torch.nn.Module)):
+        for name, tensor in components[part].state_dict().items():
+            digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            if tensor.is_meta or not tensor.numel():  # offloaded weights are on no device
+                continue
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 1024)].cpu()
+            digest.update(sample.to(torch.float64 if sample.is_floating_point() else torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of flowkit and of the libraries that touch the figures."""
     found = {}

@@ -15,7 +15,8 @@ from torch import Tensor
 from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
 from flowkit.distill import bellman
 from flowkit.distill.bellman import Costs, shortest_paths, uniform_path
-from flowkit.distill.record import Trajectory, recording
+from flowkit.distill.record import recording
+from flowkit.hooks import Trajectory
 from flowkit.pipelines.sampling import sample_images
 
 # ------------------------------------------------------------------------------------------------- the shortest path

@@ -480,7 +480,7 @@ def refuse(match: str, error: type[Exception] = ValueError, **kwargs: object) ->
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        refuse("unknown metric 'kid'; choose fid", metrics=["fid", "kid"]),
+        refuse("unknown metric 'fvd'; choose fid", metrics=["fid", "fvd"]),
         refuse("num_images=1", num_images=1),
         refuse("keep=-1", keep=-1),
         refuse(r"metrics=\(\)", metrics=()),

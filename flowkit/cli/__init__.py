@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
+from flowkit.cli.fid import fid
+
 # What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
 # memory.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError)
@@ -365,6 +367,9 @@ def _sample(
             overwrite=overwrite,
         )
     )
+
+
+app.add_typer(fid, name="fid")
 
 
 def main() -> None:

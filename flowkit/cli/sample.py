@@ -64,14 +64,12 @@ def run(given: Options) -> None:
         ValueError, TypeError, OSError, ImportError: for options, a model or a folder that cannot be used, before anything is
             sampled; while sampling, for samples that are not finite, too little memory, or a full disk.
     """
-    # Without a GPU accelerate joins processes only where it is told that the CPU is meant; blocks of video take long.
-    cpu = given.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    state = join(given.device)
     console = Console(stderr=True, quiet=not state.is_main_process)
     if state.num_processes > 1:  # one downloads, the others find it there
-        _agreed(state, lambda: loading.find(given.model, given.variant) if state.is_main_process else None)
-    job = _agreed(state, lambda: prepare(given, state.device, console))
-    _agreed(state, lambda: job.store.open(job.settings, given.overwrite) if state.is_main_process else None)
+        agreed(state, lambda: loading.find(given.model, given.variant) if state.is_main_process else None)
+    job = agreed(state, lambda: prepare(given, state.device, console))
+    agreed(state, lambda: job.store.open(job.settings, given.overwrite) if state.is_main_process else None)
     absent = job.store.missing(job.blocks)
     state.wait_for_everyone()  # before anyone fills a gap that another has yet to see
     mine = absent[state.process_index :: state.num_processes]
@@ -95,32 +93,10 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         here: the device of this process.
         console: for what goes on.
     """
-    request = options.read(given)
     store.check_writable(given.output)
-    device = _device(given.device, here)
-    if given.dtype != "auto" and given.dtype not in _DTYPES:
-        raise ValueError(f"unknown --dtype {given.dtype!r}; choose auto, {', '.join(_DTYPES)}")
-    if given.offload and device.type != "cuda":
-        raise ValueError(
-            f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
-        )
-    source = loading.find(given.model, given.variant)
-    config = loading.scheduler_config(source)
-    if config is not None:  # a wrong name is cheaper to find before the weights are read
-        scheduling.make(config, given.scheduler, request.knobs, given.eta)
-    console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
-    dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
-    pipe = for_task(loading.load(source, dtype, given.variant), request)
-    if source.name in assets.NAMES and device.type == "cpu":
-        torch.set_num_threads(1)  # so small a network gains nothing from more
+    pipe, request, source, device = open_model(given, here, console)
     kind = media.kind(pipe)
-    request = _scheduled(pipe, given, request)
-    _check_inputs(pipe, request)
     file_format = media.choose_format(type(pipe).__name__, kind, given.file_format)
-    if given.offload:
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
     count = given.count if given.count is not None else len(request.rows)
     size = given.batch_size or _BATCH.get(kind) or (4 if "prompt" in request.rows[0] else 16)
     indices = range(given.start, given.start + count)
@@ -147,6 +123,45 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         settings["fps"] = rate
     cut = blocks(pipe, count, inputs=request.rows, batch_size=size, start=given.start)
     return Job(pipe, request, kind, cut, settings, store.Store(given.output, file_format, indices), rate)
+
+
+def open_model(
+    given: Options, here: torch.device, console: Console
+) -> tuple[Any, Request, loading.Source, torch.device]:
+    """Reads the options, loads the model with its scheduler, and checks that it takes what is asked.
+
+    Args:
+        given: the options.
+        here: the device of this process.
+        console: for what goes on.
+
+    Returns:
+        The pipeline on its device, inputs and arguments, where the model came from, and the device.
+    """
+    request = options.read(given)
+    device = _device(given.device, here)
+    if given.dtype != "auto" and given.dtype not in _DTYPES:
+        raise ValueError(f"unknown --dtype {given.dtype!r}; choose auto, {', '.join(_DTYPES)}")
+    if given.offload and device.type != "cuda":
+        raise ValueError(
+            f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
+        )
+    source = loading.find(given.model, given.variant)
+    config = loading.scheduler_config(source)
+    if config is not None:  # a wrong name is cheaper to find before the weights are read
+        scheduling.make(config, given.scheduler, request.knobs, given.eta)
+    console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
+    dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
+    pipe = for_task(loading.load(source, dtype, given.variant), request)
+    if source.name in assets.NAMES and device.type == "cpu":
+        torch.set_num_threads(1)  # so small a network gains nothing from more
+    request = _scheduled(pipe, given, request)
+    _check_inputs(pipe, request)
+    if given.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe, request, source, device
 
 
 def for_task(pipe: Any, request: Request) -> Any:  # noqa: ANN401
@@ -327,7 +342,14 @@ def _memory_told() -> Iterator[None]:
         ) from error
 
 
-def _agreed(state: PartialState, work: Callable[[], _Result]) -> _Result:
+def join(device: str) -> PartialState:
+    """Returns this process among those that a launcher started with it; one alone without a launcher."""
+    # Without a GPU accelerate joins processes only where it is told that the CPU is meant; blocks of video take long.
+    cpu = device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def agreed(state: PartialState, work: Callable[[], _Result]) -> _Result:
     """Does work in all processes; where it fails in any, none goes on, and the main one says why."""
     if state.num_processes == 1:
         return work()

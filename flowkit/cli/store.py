@@ -27,6 +27,7 @@ from torch import Tensor
 
 from flowkit.cli import media
 from flowkit.cli.pictures import mosaic, picture, save_png
+from flowkit.eval.provenance import first_difference
 from flowkit.weights import write_bytes, writing
 
 SETTINGS, OVERVIEW, NPZ, PARTS = "sample.json", "overview.png", "samples.npz", "parts"
@@ -184,19 +185,6 @@ def disk_full_told(folder: Path) -> Iterator[None]:
         raise OSError(
             f"no space is left for {folder}; what is there is whole: free some and run the same command again"
         ) from error
-
-
-def first_difference(old: Any, new: Any, place: str = "") -> tuple[str, Any, Any] | None:  # noqa: ANN401
-    """Returns where two values of JSON differ first, and the two values there; None where they are equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(k for k in old if k not in new)]:
-            if found := first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key):
-                return found
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return next((found for i, pair in pairs if (found := first_difference(*pair, f"{place}[{i}]"))), None)
-    return None if old == new else (place, old, new)
 
 
 def _check_ours(folder: Path) -> None:

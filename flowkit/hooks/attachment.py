@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
+from flowkit.hooks import layout
 from flowkit.hooks.engine import Engine
 from flowkit.hooks.parts import Guidance, Part
 from flowkit.hooks.report import Report, plot, report
 from flowkit.hooks.steps import Step
 
-# Components of diffusers' pipelines that are called at every step.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "image_unet", "dit")
 _ENGINES: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
@@ -34,9 +33,9 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
 
     Raises:
         TypeError: for what is not a part, or a pipeline without scheduler.
-        ValueError: for a pipeline without a network that is called at every step, a second guidance method, or networks that are
-            attached to through another pipeline; and while the pipeline runs, for one that this cannot be done to, which is left
-            as it was.
+        ValueError: for a pipeline without a network that is called at every step, a second guidance method, a part that is
+            attached already, or networks or a scheduler that are attached to through another pipeline; and while the pipeline
+            runs, for one that this cannot be done to, which is left as it was.
     """
     for part in parts:
         if not isinstance(part, Part):
@@ -44,18 +43,21 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
                 f"attach takes guidance, recorders and the like, got {part!r:.80}; pass e.g. flowkit.AdaptiveGuidance()"
             )
     name = type(pipe).__name__
-    networks = [net for key in DENOISERS if isinstance(net := getattr(pipe, key, None), torch.nn.Module)]
+    networks = layout.networks(pipe)
     if not networks:
-        raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(DENOISERS)}; attach to the "
-                         "pipeline that denoises")  # fmt: skip
+        raise ValueError(f"{name} has no network that is called at every step, none of {', '.join(layout.DENOISERS)}; attach to "
+                         "the pipeline that denoises")  # fmt: skip
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise TypeError(f"{name} has no scheduler to attach to; pass a diffusers pipeline")
-    found = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
-    if any(engine.pipe is not pipe for engine in found):
-        other = next(type(engine.pipe).__name__ for engine in found if engine.pipe is not pipe)
+    engines = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
+    if any(engine.pipe is not pipe for engine in engines):
+        other = next(type(engine.pipe).__name__ for engine in engines if engine.pipe is not pipe)
         raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
-    engine = found.pop() if found else Engine(pipe, networks)
-    methods = [part for part in (*engine.parts, *parts) if isinstance(part, Guidance)]
+    engine = engines.pop() if engines else Engine(pipe, networks)
+    everything = (*engine.parts, *parts)
+    if twice := [part for i, part in enumerate(everything) if any(part is other for other in everything[:i])]:
+        raise ValueError(f"this {type(twice[0]).__name__} is attached already; make another one")
+    methods = [part for part in everything if isinstance(part, Guidance)]
     if len(methods) > 1:
         both = " and ".join(type(method).__name__ for method in methods)
         raise ValueError(f"{both} would each combine the network's outputs; attach one of them")

@@ -14,10 +14,12 @@ from torch import Tensor
 from flowkit.hooks import layout, passes
 from flowkit.hooks.arguments import Arguments, take
 from flowkit.hooks.levels import Clock, clock, position
-from flowkit.hooks.parts import Evaluation, Guidance, Part
+from flowkit.hooks.parts import Evaluation, Guidance, Level, Part
 from flowkit.hooks.selftest import learned
 from flowkit.hooks.standins import Method, Named, NetworkCall
 from flowkit.hooks.steps import Step
+
+_STEPPED = ("model_output", "timestep", "sample")  # what ``scheduler.step`` must take
 
 
 class Engine:
@@ -67,17 +69,32 @@ class Engine:
         return next((part for part in self.parts if isinstance(part, Guidance)), None)
 
     @property
+    def _through(self) -> bool:
+        """Whether a part takes a gradient through the network."""
+        return any(part.through_network for part in self.parts)
+
+    @staticmethod
+    def _scale(level: Level | None) -> float:
+        """What the path's coordinates are multiplied by for the network."""
+        return 1.0 if level is None or level.path.name != "edm" else level.path.input_scale(level.s)
+
+    @property
     def installed(self) -> bool:
         """Whether the hooks are in place."""
         return bool(self._calls)
 
     def install(self) -> None:
-        """Hooks networks and scheduler."""
+        """Hooks scheduler and networks.
+
+        Raises:
+            TypeError: for a scheduler that is not stepped with a model output, a timestep and a sample.
+            ValueError: for one that another pipeline is attached to through.
+        """
+        self._follow()
         for network in self.networks:
             self._calls.append(NetworkCall(network, self.called))
             if hasattr(network, "cache_context"):
                 self._methods.append(Method(network, "cache_context", self._named))
-        self._follow()
 
     def remove(self) -> None:
         """Takes everything out again."""
@@ -92,11 +109,16 @@ class Engine:
         scheduler = self.pipe.scheduler
         if scheduler is self._scheduler:
             return
+        names, kind = list(inspect.signature(scheduler.step).parameters), type(scheduler).__name__
+        if missing := [name for name in _STEPPED if name not in names]:
+            raise TypeError(f"{kind}.step takes no {missing[0]}, so it cannot be attached to; use another scheduler")
+        if isinstance(vars(scheduler).get("step"), Method):
+            raise ValueError(f"the {kind} of {type(self.pipe).__name__} is attached to through another pipeline; detach that, or "
+                             "give each pipeline a scheduler of its own")  # fmt: skip
         for method in [method for method in self._methods if method.owner is self._scheduler]:
             method.remove()
             self._methods.remove(method)
-        names = list(inspect.signature(scheduler.step).parameters)
-        self._places = [(name, names.index(name)) for name in ("model_output", "timestep", "sample")]
+        self._places = [(name, names.index(name)) for name in _STEPPED]
         self._methods += [Method(scheduler, "set_timesteps", self._started), Method(scheduler, "step", self.stepped)]
         self._scheduler = scheduler
         self._fresh()
@@ -108,16 +130,30 @@ class Engine:
         return Named(inner(name, **kwargs), name.removeprefix("pred_"), tell)  # guiders say "pred_cond"
 
     def _started(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if layout.networks(self.pipe) != self.networks:
+            raise self.refuse(f"a network of {type(self.pipe).__name__} was replaced or compiled since it was attached to; attach "
+                              "again")  # fmt: skip
         result = inner(*args, **kwargs)
         self._fresh()
         return result
 
     def refuse(self, reason: str) -> ValueError:
         """Leaves the pipeline as it was, and returns the error to raise."""
+        self._leave()
+        return ValueError(reason)
+
+    def ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Calls a method of a part; where it refuses what it is given, the pipeline is left as it was."""
+        try:
+            return method(*args, **kwargs)
+        except (TypeError, ValueError):
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
         self.last = None
         for attachment in list(self.attached):
             attachment.detach()
-        return ValueError(reason)
 
     def called(self, call: NetworkCall, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a call of a network for the rows that are needed, and returns what the pipeline is to see."""
@@ -129,7 +165,8 @@ class Engine:
             given = Arguments(args, kwargs)
             if self.step is not None:
                 return passes.following(self, call, given, self.step)
-            return self._evaluated(call, given)
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self._through):
+                return self._evaluated(call, given)
         finally:
             self._busy = False
 
@@ -139,12 +176,6 @@ class Engine:
         rows = len(latents)
         if self.clock is None:
             self._begin(given)
-        if any(part.through_network for part in self.parts):
-            if not isinstance(latents, Tensor):
-                raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
-                                  "taken; use through_network=False")  # fmt: skip
-            latents = latents.detach().requires_grad_()
-            given = given.replaced(latents)
         size = rows // len(roles)
         where = {role: list(range(k * size, (k + 1) * size)) for k, role in enumerate(roles)}
         calls = {
@@ -157,7 +188,14 @@ class Engine:
             if isinstance(latents, Tensor)
             else torch.stack([latents[i] for i in where["cond"]])
         )
+        if self._through and not isinstance(latents, Tensor):
+            raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
+                              "taken; use through_network=False")  # fmt: skip
         self.step = step = self._new_step(x, calls, call.network, rows)
+        if self._through:  # the sample that parts are told of is the one that the network is given
+            x = step.evaluation.x * self._scale(step.evaluation.level)
+            others = {role: take(latents, own) for role, own in where.items() if role != "cond"}
+            given = given.replaced(torch.cat([x if role == "cond" else others[role] for role in roles]))
         step.plan = self._plan(step)
         if len(roles) == 1:
             return passes.first(self, call, given, step)
@@ -170,7 +208,7 @@ class Engine:
         known = begin is not None or given.time is None
         self._index = self._first = (begin or 0) if known else position(self.clock, given.time, 0)
         for part in self.parts:
-            part.begin(self)
+            self.ask(part.begin, self)
 
     def _roles_of(self, latents: Any) -> layout.Roles:  # noqa: ANN401
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
@@ -182,9 +220,11 @@ class Engine:
     def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: torch.nn.Module, asked: int) -> Step:
         now = self.clock
         assert now is not None
+        level = now.level(self._index, self.sign)
+        x = x.detach() if self._scale(level) == 1 else x.detach() / self._scale(level)
         evaluation = Evaluation(
-            x=x,
-            level=now.level(self._index, self.sign),
+            x=x.requires_grad_(self._through),
+            level=level,
             step=self._count,
             steps=len(now.timesteps) - self._first,
             conditioning=calls["cond"].named(_parameters(network)),
@@ -195,7 +235,7 @@ class Engine:
         guidance = self.guidance
         if guidance is None:
             return "both"
-        plan = guidance.plan(self._count, step.sigma, {**self.state, "evaluation": step.evaluation})
+        plan = self.ask(guidance.plan, self._count, step.sigma, {**self.state, "evaluation": step.evaluation})
         if isinstance(plan, str) and plan in ("both", "cond", "uncond"):
             return plan
         if not isinstance(plan, Tensor) or plan.shape != (step.size,):
@@ -205,17 +245,17 @@ class Engine:
         return "both" if all(needed) else needed if any(needed) else "cond"
 
     def run(self, call: NetworkCall, given: Arguments) -> Any:  # noqa: ANN401
-        """Runs a network as it was before, with gradients where a part takes them through it."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() or any(part.through_network for part in self.parts)):
-            return call.run(*given.args, **given.kwargs)
+        """Runs a network as it was before."""
+        return call.run(*given.args, **given.kwargs)
 
     def fit(self, step: Step, cond: Tensor) -> None:
-        """Brings the noisy sample of a step to the shape of the network's output, and to the path's coordinates."""
+        """Brings the noisy sample of a step to the shape of the network's output."""
         x, level = layout.first_like(step.evaluation.x, cond.shape), step.evaluation.level
         if x is None:
             x, level = step.evaluation.x, None
-        elif level is not None and level.path.name == "edm":
-            x = x / level.path.input_scale(level.s)
+        if self._through and x is not step.evaluation.x:
+            raise self.refuse(f"{type(self.pipe).__name__} gives its network images beside the sample, through which no gradient "
+                              "is taken; use through_network=False")  # fmt: skip
         step.evaluation = replace(step.evaluation, x=x, level=level)
 
     def stepped(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -226,15 +266,15 @@ class Engine:
         step = self.step
         if step is None and not self._count:
             raise self.refuse(f"{type(self.pipe).__name__} came to scheduler.step without a call of the network that was attached "
-                              "to; a network that was replaced or compiled since then must be attached again")  # fmt: skip
+                              "to; attach again if that was compiled since")  # fmt: skip
         if step is not None and not self._checked:
             self._check(step, output, sample)
         for part in self.parts:
-            part.before_step(self, output, time, sample)
+            self.ask(part.before_step, self, output, time, sample)
         result = inner(*args, **kwargs)
         self.last = result[0] if isinstance(result, tuple) else result.prev_sample
         for part in self.parts:
-            moved = part.after_step(self, self.last)
+            moved = self.ask(part.after_step, self, self.last)
             if moved is not None:
                 self.last = moved
                 result = _moved(result, moved)
@@ -253,13 +293,15 @@ class Engine:
             built_in = " (its network has guidance built in, with the scale as an input)" if embedded else ""
             raise self.refuse(f"{needing[0]} needs classifier-free guidance, which is off in this call of {name}{built_in}: pass a "
                               "guidance_scale, or a true_cfg_scale and a negative prompt, above 1")  # fmt: skip
-        if len(sample) not in (step.size, 2 * step.size):
+        if len(sample) != step.size and not layout.doubled(self.pipe, step.calls.get("uncond")):
             raise self.refuse(f"the network was called for {step.asked} rows, taken to be {step.size} samples, but {name} steps "
                               f"{len(sample)}: give each sample noise of its own, so that a guided batch can be told")  # fmt: skip
         if step.extra:
             return
         assert step.seen is not None
         use = learned(output, *step.seen)
+        if use is None and not bool(torch.isfinite(output).all()):
+            return  # `Attachment.detach` says so
         if use is None:
             raise self.refuse(f"{name} changes the network's prediction before scheduler.step in a way that is not known, and so "
                               "would change what is done to it from outside")  # fmt: skip

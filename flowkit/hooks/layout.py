@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkit.hooks.arguments import take
+from flowkit.hooks.arguments import Arguments, take
 
 Roles = tuple[str, ...]
 
+# Components of pipelines that are called at every step.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "image_unet", "dit")
 # Conditional rows before unconditional ones.
 _COND_FIRST = ("DiTPipeline", "LuminaPipeline", "StableCascade", "Wuerstchen", "ZImage", "AceStep")
 # Two calls, but no names for them.
@@ -27,11 +29,18 @@ _SEPARATE = (
 )
 # The network's output is negated on its way to the scheduler.
 _NEGATED = ("HiDreamImage", "LTXCondition", "Lumina", "Nucleus", "SanaWM", "ZImage")
+_NULL_CLASS = 1000  # of DiT
 _LEARNED: dict[type, int] = {}
 
 
 def _is(pipe: Any, names: Sequence[str]) -> bool:  # noqa: ANN401
     return type(pipe).__name__.startswith(tuple(names))
+
+
+def networks(pipe: Any) -> list[torch.nn.Module]:  # noqa: ANN401
+    """Returns the networks that a pipeline calls at every step, or takes turns with, each once."""
+    found = (getattr(pipe, key, None) for key in DENOISERS)
+    return list(dict.fromkeys(net for net in found if isinstance(net, torch.nn.Module)))
 
 
 def sign(pipe: Any) -> int:  # noqa: ANN401
@@ -87,6 +96,17 @@ def _repeats(latents: Any, times: int) -> bool:  # noqa: ANN401
     return any(torch.equal(first[1:], first[:1].expand_as(first[1:])) for first in channels)
 
 
+def doubled(pipe: Any, uncond: Arguments | None) -> bool:  # noqa: ANN401
+    """Returns whether a pipeline steps both halves of its batch, as that of DiT does where it is guided: with the null class.
+
+    Args:
+        pipe: the pipeline.
+        uncond: arguments of the network for what is taken to be the unconditional half.
+    """
+    labels = None if uncond is None else uncond.kwargs.get("class_labels")
+    return _is(pipe, ("DiTPipeline",)) and labels is not None and bool((labels == _NULL_CLASS).all())
+
+
 def read(output: Any) -> Tensor:  # noqa: ANN401
     """Returns the prediction in what a network returned: a tensor, the first entry of a tuple or output object, or a list."""
     first = output if isinstance(output, Tensor) else output[0]
@@ -134,5 +154,5 @@ def first_like(x: Tensor, shape: torch.Size) -> Tensor | None:
     if x.ndim != len(shape) or any(a < b for a, b in zip(x.shape, shape, strict=True)):
         return None
     for axis, size in enumerate(shape):
-        x = x.narrow(axis, 0, size)
+        x = x if x.shape[axis] == size else x.narrow(axis, 0, size)
     return x

@@ -67,13 +67,24 @@ def clock(scheduler: Any) -> Clock:  # noqa: ANN401
         ours = scheduler if isinstance(scheduler, RectifiedFlowScheduler) else _ours(scheduler)
         path = ours.path
         exact = isinstance(scheduler, RectifiedFlowScheduler) and len(exported) == len(times)
-        values = tuple(path.at_level(v) for v in exported) if exact else tuple(path.at_time(t) for t in times)
+        levels = exported if len(exported) == len(times) else (None,) * len(times)
+        values = tuple(path.at_level(v) if exact and v is not None else _at(path, t, v)
+                       for t, v in zip(times, levels, strict=True))  # fmt: skip
     except (ValueError, TypeError):  # a scheduler that is not known here
         padded = tuple(exported) if len(exported) == len(times) else (float("nan"),) * len(times)
         return Clock(times, total, None, "", (), padded)
     kind = str(ours.config["prediction_type"])
     prediction = _EDM.get(kind, kind) if path.name == "edm" else kind
     return Clock(times, total, path, prediction, values, tuple(path.level(s) for s in values))
+
+
+def _at(path: Path, time: float, level: float | None) -> float:
+    """Flow time of a timestep. Stock schedulers may round it, but not the level, which counts where it belongs to the timestep."""
+    s = path.at_time(time)
+    if level is None or path.name in ("ve", "edm"):
+        return s
+    unrounded = path.at_level(level)
+    return unrounded if abs(path.time(unrounded) - time) <= 1.0 else s
 
 
 def _ours(scheduler: Any) -> RectifiedFlowScheduler:  # noqa: ANN401
@@ -92,8 +103,8 @@ def position(clock: Clock, time: Any, expected: int) -> int:  # noqa: ANN401
     """
     values = time.detach().flatten().double() if isinstance(time, Tensor) else torch.tensor([float(time)])
     told = float(values[values.abs().argmax()])
-    for at in range(expected, len(clock.timesteps)):
-        t = clock.timesteps[at]
-        if any(abs(told - f(t, clock.total)) <= 2e-3 * max(1e-3, abs(told)) for f in TIME_MAPS.values()):
-            return at
+    for form in TIME_MAPS.values():  # the usual first: what is left of a time may be another time of the grid
+        for at in range(expected, len(clock.timesteps)):
+            if abs(told - form(clock.timesteps[at], clock.total)) <= 2e-3 * max(1e-3, abs(told)):
+                return at
     return expected

@@ -159,11 +159,11 @@ class Part:
         """
 
     def edit(self, evaluation: Evaluation, cond: Tensor) -> Tensor | None:
-        """Called with the conditional output; what it returns is added to every output of the network that the pipeline sees.
+        """Called with the network's conditional output; what it returns is added to every output that the pipeline sees.
 
         Args:
             evaluation: of the current step; with ``through_network`` its ``x`` requires a gradient.
-            cond: conditional output after guidance, (B, C, ...); with ``through_network`` it is a function of ``evaluation.x``.
+            cond: conditional output before guidance, (B, C, ...); with ``through_network`` a function of ``evaluation.x``.
 
         Returns:
             The change, shape of ``cond``; None means none.

@@ -6,6 +6,7 @@ Guidance is made the identity in the pipeline: where a method combines, both hal
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +64,14 @@ def batched(engine: Engine, call: NetworkCall, given: Arguments, step: Step, whe
     step.cond = cond.detach() if kept["cond"] else None
     step.uncond = uncond.detach() if uncond is not None and plan != "cond" and not isinstance(plan, list) else None
     edited(engine, step, cond)
+    cond, uncond = cond.detach(), None if uncond is None else uncond.detach()
     new_cond, new_uncond = combined(engine, step, cond, uncond if plan != "cond" else None)
     step.seen = new_cond, new_uncond
     if (
         everything
         and new_cond is cond
         and new_uncond is (cond if uncond is None else uncond)
-        and not cond.requires_grad
+        and not value.requires_grad
     ):
         return output
     step.shift = (new_cond - cond).detach()
@@ -183,16 +185,19 @@ def second(engine: Engine, call: NetworkCall, step: Step, role: str) -> Tensor:
         raise engine.refuse(f"{type(guidance).__name__} wants the rows of the negative prompt, and this call of "
                             f"{type(engine.pipe).__name__} has none; pass a guidance_scale above 1")  # fmt: skip
     given = step.calls[role]
-    output = guidance.uncond(call.network, *given.args, **given.kwargs)
+    output = engine.ask(guidance.uncond, call.network, *given.args, **given.kwargs)
     step.rows += step.size
     return layout.split(layout.read(output).detach(), step.evaluation.x)[0]
 
 
 def edited(engine: Engine, step: Step, cond: Tensor) -> None:
     """Asks the parts for their changes."""
-    changes = [change for part in engine.parts if (change := part.edit(step.evaluation, cond)) is not None]
+    asked = (engine.ask(part.edit, step.evaluation, cond) for part in engine.parts)
+    changes = [change for change in asked if change is not None]
     if changes:
         step.edit = torch.stack([change.detach().to(cond.dtype) for change in changes]).sum(0)
+    if step.evaluation.x.requires_grad:  # what follows needs no gradient
+        step.evaluation = replace(step.evaluation, x=step.evaluation.x.detach())
 
 
 def combined(engine: Engine, step: Step, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -201,7 +206,7 @@ def combined(engine: Engine, step: Step, cond: Tensor, uncond: Tensor | None) ->
     new_cond, new_uncond = cond, cond if uncond is None else uncond
     if guidance is not None:
         state = {**engine.state, "evaluation": step.evaluation}
-        result, after = guidance.combine(cond, uncond, step.evaluation.step, step.sigma, state)
+        result, after = engine.ask(guidance.combine, cond, uncond, step.evaluation.step, step.sigma, state)
         new_cond, new_uncond = (result, result) if guidance.combines else result
         if new_cond.shape != cond.shape or new_uncond.shape != cond.shape:
             raise engine.refuse(f"{type(guidance).__name__}.combine returned shape {tuple(new_cond.shape)} for outputs of "

@@ -14,6 +14,7 @@ from flowkit.hooks.arguments import Arguments, changes
 from flowkit.hooks.levels import TIME_MAPS
 from flowkit.hooks.parts import Level, Part
 from flowkit.hooks.selftest import aligned
+from flowkit.hooks.standins import untouched
 
 KINDS = ("state", "output", "cond", "uncond")
 
@@ -30,7 +31,9 @@ class Trajectory:
         sigmas: level of each evaluation in the convention of diffusers' ``sigmas``, as `Guidance.plan` gets it.
         timesteps: the scheduler's.
         identity: names of pipeline and network, and the levels, as values for JSON.
-        changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations.
+        edited: numbers of the evaluations before which the pipeline changed the sample, where states are kept.
+        changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations, and "the network
+            itself" where two take turns.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -40,6 +43,7 @@ class Trajectory:
     sigmas: list[float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
+    edited: list[int] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
     _network: Any = None
     _calls: dict[str, Arguments] = field(default_factory=dict)
@@ -107,6 +111,11 @@ class Recorder(Part):
         self.keep, self.limit, self.bytes = keep or KINDS[:2], limit, 0
         self.trajectories: list[Trajectory] = []
 
+    def take(self) -> list[Trajectory]:
+        """Returns the trajectories and forgets them."""
+        taken, self.trajectories, self.bytes = self.trajectories, [], 0
+        return taken
+
     def begin(self, run: Any) -> None:  # noqa: ANN401
         """Starts a trajectory."""
         self.trajectories.append(Trajectory())
@@ -119,19 +128,27 @@ class Recorder(Part):
         rows = step.size
         if not now.sigmas:
             self._remember(run, now, sample)
-        elif len(now.sigmas) == 1:
-            now.changed = changes(now._calls["cond"], step.calls["cond"])
-            now._calls.setdefault("uncond", step.calls.get("uncond", now._calls["cond"]))
+        elif step.network is not now._network:
+            now.changed.add("the network itself")
+        else:
+            now.changed |= changes(now._calls["cond"], step.calls["cond"])
+            now._calls = {**step.calls, **now._calls}
         now.sigmas.append(step.sigma)
         now.timesteps.append(float(timestep))
         now.identity["levels"].append(step.sigma)
         if "state" in self.keep:  # in place of the last step's result, which the pipeline may have edited
-            now.states = [*now.states[:-1], self._kept(sample[:rows])] if now.states else [self._kept(sample[:rows])]
+            kept = self._kept(sample[:rows])
+            if now.states:
+                old = now.states.pop()
+                self.bytes -= old.numel() * old.element_size()
+                if not torch.equal(old.to(kept.dtype), kept):
+                    now.edited.append(len(now.sigmas) - 1)
+            now.states.append(kept)
         if "output" in self.keep:
             now.outputs.append(self._kept(model_output[:rows, : sample.shape[1]]))
-        for kind, kept, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
+        for kind, outputs, value in (("cond", now.cond, step.cond), ("uncond", now.uncond, step.uncond)):
             if kind in self.keep:
-                kept.append(None if value is None else self._kept(value))
+                outputs.append(None if value is None else self._kept(value))
 
     def after_step(self, run: Any, sample: Tensor) -> None:  # noqa: ANN401
         """Keeps the next sample."""
@@ -216,7 +233,7 @@ class DenoiserCall:
             raise ValueError(f"got samples of shape {tuple(x.shape)}, recorded were {self._shape}")
         call = self._calls[rows]
         call = call.replaced(self._input(x, call.latents, timestep), self._told(timestep, call.time))
-        value = layout.split(layout.read(self.network(*call.args, **call.kwargs)), x)[0]
+        value = layout.split(layout.read(untouched(self.network)(*call.args, **call.kwargs)), x)[0]
         return self._sign * aligned_to(value, x)
 
     def _input(self, x: Tensor, old: Any, timestep: float) -> Any:  # noqa: ANN401

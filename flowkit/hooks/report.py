@@ -91,7 +91,7 @@ def plot(steps: Sequence[Step], file: str | os.PathLike[str] | None = None) -> A
     axes[0].bar(at, [step.asked for step in steps], color=_PALE, label="asked for")
     axes[0].bar(at, [step.rows for step in steps], color=_COLOURS[0], label="run")
     axes[0].set_ylabel("network rows")
-    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     for axis, name, colour in zip(axes[1:], names, _COLOURS[1:] * len(names), strict=False):
         lines: dict[int, list[tuple[int, float]]] = {}
         for step in steps:
@@ -104,6 +104,7 @@ def plot(steps: Sequence[Step], file: str | os.PathLike[str] | None = None) -> A
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(color="#dddddd", linewidth=0.6, axis="y")
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     if file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from types import TracebackType
@@ -29,7 +30,7 @@ class Method:
         return self.call(self.inner, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # noqa: ANN401
-        return getattr(type(self.owner), self.name).__get__(memo.get(id(self.owner), self.owner))
+        return copy.deepcopy(self.inner, memo) if id(self.owner) in memo else self
 
     def remove(self) -> None:
         """Puts back what was there; what somebody else put on top stays."""
@@ -72,6 +73,12 @@ class NetworkCall:
                 object.__delattr__(self.network, self.SLOT)
             else:
                 object.__setattr__(self.network, self.SLOT, self.before)
+
+
+def untouched(network: torch.nn.Module) -> Callable[..., Any]:
+    """Returns a network's call as it is without what is attached."""
+    call = vars(network).get(NetworkCall.SLOT)
+    return call.run if isinstance(call, NetworkCall) else network
 
 
 class Named:
