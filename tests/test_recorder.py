@@ -330,8 +330,8 @@ class Reporting(Cut):
 def test_the_report() -> None:
     pipe = build("sd15", stock_of("sd15"))
     with attach(pipe, Reporting(1)) as attached:
-        assert "the pipeline was not called yet" in attached.report()
-        with pytest.raises(ValueError, match="there is nothing to draw: the pipeline was not called"):
+        assert "no step yet" in attached.report()
+        with pytest.raises(ValueError, match="there is nothing to draw yet; attach a part and call the pipeline"):
             attached.plot()
         run(pipe, STEPS, num_images_per_prompt=2, generator=None)
         run(pipe, STEPS, num_images_per_prompt=2, generator=None)
@@ -355,8 +355,8 @@ def test_the_picture(tmp_path: Path) -> None:
     pipe = build("sd15", stock_of("sd15"))
     with attach(pipe, Reporting(2, 1)) as attached:
         run(pipe, STEPS, num_images_per_prompt=2)
-    figure = attached.plot(tmp_path / "rows.png")
-    assert (tmp_path / "rows.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    figure = attached.plot(tmp_path / "new" / "rows.png")
+    assert (tmp_path / "new" / "rows.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows, scale = figure.axes
     asked, ran = ([bar.get_height() for bar in bars] for bars in rows.containers)
     assert asked == [4] * STEPS
