@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +112,31 @@ def test_detaching_in_the_middle_of_a_call() -> None:
         run(pipe, STEPS, callback_on_step_end=end)
     assert rows == [1, 1, 2, 2]
     assert trace(pipe) == before
+
+
+def test_what_is_never_detached_is_not_kept_alive() -> None:
+    pipe = _own("sd15")
+    attach(pipe, Cut(0))
+    run(pipe, STEPS)
+    network = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert network() is None
+
+
+@pytest.mark.parametrize("family", HOW)
+def test_files_hold_nothing_of_what_is_attached(family: str) -> None:
+    pipe = _own(family)
+    things = [pipe.scheduler, *networks(pipe)]
+    plain = [len(pickle.dumps(thing)) for thing in things]
+    with attach(pipe, Cut(0)):
+        contents = [pickle.dumps(thing) for thing in things]
+    for content, size in zip(contents, plain, strict=True):
+        assert len(content) < size + 500
+        assert b"Engine" not in content
+    scheduler = pickle.loads(contents[0])
+    assert scheduler.step.__func__ is type(scheduler).step
+    assert scheduler.step.__self__ is scheduler
 
 
 def test_detaching_twice_does_nothing() -> None:

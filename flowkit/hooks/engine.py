@@ -299,9 +299,12 @@ class Engine:
         if step.extra:
             return
         assert step.seen is not None
-        use = learned(output, *step.seen)
-        if use is None and not bool(torch.isfinite(output).all()):
+        if not bool(torch.isfinite(output).all()):
+            if all(bool(torch.isfinite(half).all()) for half in step.seen if half is not None):
+                raise self.refuse(f"{name} makes NaN or infinity of finite predictions, so it may divide by their norms, which "
+                                  "ZeroStarGuidance sets to 0: pass zero_init=0")  # fmt: skip
             return  # `Attachment.detach` says so
+        use = learned(output, *step.seen)
         if use is None:
             raise self.refuse(f"{name} changes the network's prediction before scheduler.step in a way that is not known, and so "
                               "would change what is done to it from outside")  # fmt: skip
@@ -313,6 +316,12 @@ class Engine:
             raise self.refuse(
                 f"{name} negates the network's output, which was not known; now it is: attach and call it again"
             )
+
+
+def engine_of(network: torch.nn.Module) -> Engine | None:
+    """Returns what is hooked into a network, or None."""
+    call = vars(network).get(NetworkCall.SLOT)
+    return getattr(call.call, "__self__", None) if isinstance(call, NetworkCall) else None
 
 
 def _moved(result: Any, sample: Tensor) -> Any:  # noqa: ANN401
