@@ -215,7 +215,7 @@ def test_in_half_precision(family: str) -> None:
 
 def test_inference_mode() -> None:
     """Guidance works in it, and what needs a gradient says that there is none."""
-    pipe = build("sd15", stock_of("sd15"))
+    pipe, expected = build("sd15", stock_of("sd15")), reference("sd15", 7.0)
     before = trace(pipe)
 
     def energy(x: Tensor, sigma: float, conditioning: Any) -> Tensor:
@@ -234,4 +234,4 @@ def test_inference_mode() -> None:
                 run(pipe, STEPS)
             assert trace(pipe) == before
         with attach(pipe, Fixed(7.0)):
-            assert torch.equal(run(pipe, STEPS), reference("sd15", 7.0))
+            assert torch.equal(run(pipe, STEPS), expected)

@@ -139,6 +139,23 @@ def test_files_hold_nothing_of_what_is_attached(family: str) -> None:
     assert scheduler.step.__self__ is scheduler
 
 
+@pytest.mark.parametrize("family", HOW)
+@pytest.mark.parametrize("calls", [0, 1])
+def test_another_pipeline_that_has_the_network(family: str, calls: int) -> None:
+    """With a scheduler of its own, it would be guided by halves."""
+    pipe, other = build(family, stock_of(family)), build(family, stock_of(family))
+    plain, strong, before = reference(family), reference(family, 7.0), trace(pipe)
+    attach(pipe, Fixed(7.0))
+    for _ in range(calls):
+        assert torch.equal(run(pipe, STEPS), strong)
+    with pytest.raises(
+        ValueError, match=r"another time before the scheduler of .* stepped, so another pipeline or loop runs"
+    ):
+        run(other, STEPS)
+    assert trace(pipe) == before
+    assert torch.equal(run(other, STEPS), plain)
+
+
 def test_detaching_twice_does_nothing() -> None:
     pipe = _own("sd15")
     before, attached = trace(pipe), attach(pipe, Fixed(7.0))

@@ -191,7 +191,7 @@ class Engine:
         if self._through and not isinstance(latents, Tensor):
             raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
                               "taken; use through_network=False")  # fmt: skip
-        self.step = step = self._new_step(x, calls, call.network, rows)
+        self.step = step = self._new_step(x, calls, call.network, given.time, rows)
         if self._through:  # the sample that parts are told of is the one that the network is given
             x = step.evaluation.x * self._scale(step.evaluation.level)
             others = {role: take(latents, own) for role, own in where.items() if role != "cond"}
@@ -217,7 +217,7 @@ class Engine:
             self._roles = key, layout.roles(self.pipe, latents, self.context)
         return self._roles[1]
 
-    def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: torch.nn.Module, asked: int) -> Step:
+    def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: Any, time: Any, asked: int) -> Step:  # noqa: ANN401
         now = self.clock
         assert now is not None
         level = now.level(self._index, self.sign)
@@ -229,7 +229,7 @@ class Engine:
             steps=len(now.timesteps) - self._first,
             conditioning=calls["cond"].named(_parameters(network)),
         )
-        return Step(evaluation, now.sigma(self._index), network, calls, asked=asked, passes=1)
+        return Step(evaluation, now.sigma(self._index), network, time, calls, asked=asked, passes=1)
 
     def _plan(self, step: Step) -> str | list[bool]:
         guidance = self.guidance
