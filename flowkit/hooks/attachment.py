@@ -51,7 +51,7 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
         other = next(type(engine.pipe).__name__ for engine in engines if engine.pipe is not pipe)
         raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
     engine = engines.pop() if engines else Engine(pipe, networks)
-    everything = (*engine.parts, *parts)
+    everything = (*engine.parts, *engine.late, *parts)
     if twice := [part for i, part in enumerate(everything) if any(part is other for other in everything[:i])]:
         raise ValueError(f"this {type(twice[0]).__name__} is attached already; make another one")
     methods = [part for part in everything if isinstance(part, Guidance)]
@@ -78,7 +78,7 @@ class Attachment:
         self._engine: Engine | None = engine
         if not engine.installed:
             engine.install()
-        engine.parts += parts
+        engine.add(parts)
         engine.on_step.append(self._noted)
         engine.attached.append(self)
 
@@ -97,7 +97,7 @@ class Attachment:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        engine.parts = [part for part in engine.parts if not any(part is own for own in self.parts)]
+        engine.drop(self.parts)
         engine.on_step.remove(self._noted)
         engine.attached.remove(self)
         last = engine.last

@@ -29,6 +29,7 @@ class Engine:
         pipe: the pipeline.
         networks: those of its networks that it calls at every step, or takes turns with.
         parts: what is attached.
+        late: what was attached in the middle of a run, and waits for the next.
         attached: the attachments that these belong to.
         on_step: called with every finished step.
         last: the last sample.
@@ -43,6 +44,7 @@ class Engine:
     def __init__(self, pipe: Any, networks: Sequence[torch.nn.Module]) -> None:  # noqa: ANN401
         self.pipe, self.networks = pipe, list(networks)
         self.parts: list[Part] = []
+        self.late: list[Part] = []
         self.attached: list[Any] = []
         self.on_step: list[Callable[[Step], None]] = []
         self.last: Tensor | None = None
@@ -56,6 +58,7 @@ class Engine:
 
     def _fresh(self) -> None:
         """Before the first call of a run."""
+        self.parts, self.late = [*self.parts, *self.late], []
         self.clock: Clock | None = None
         self.state: dict[str, Any] = {}
         self.step: Step | None = None
@@ -103,6 +106,15 @@ class Engine:
             hook.remove()
         self._calls, self._methods, self._scheduler = [], [], None
         self._fresh()
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Attaches parts, in the middle of a run from the next one on."""
+        (self.parts if self.clock is None else self.late).extend(parts)
+
+    def drop(self, parts: Sequence[Part]) -> None:
+        """Takes parts away."""
+        for kept in (self.parts, self.late):
+            kept[:] = [part for part in kept if not any(part is own for own in parts)]
 
     def _follow(self) -> None:
         """Hooks the pipeline's scheduler, which may have been swapped since."""
