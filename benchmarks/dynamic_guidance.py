@@ -2,6 +2,7 @@
 
     python examples/train_shapes24.py                  # once: the model
     python benchmarks/dynamic_guidance.py              # minutes on one core; writes benchmarks/dynamic_guidance.json
+    python benchmarks/dynamic_guidance.py --table      # prints the table of docs/guidance.md from the committed JSON
 
 Trains the evaluators on pictures that the model has not seen, draws the same samples under each static scale and under dynamic
 guidance, and compares them sample by sample: in the score that dynamic guidance optimises, and in figures that it knows nothing
@@ -38,6 +39,7 @@ from flowkit.hooks import attach
 from flowkit.pipelines import sampling
 from flowkit.weights import write_bytes
 
+FILE = Path(__file__).with_suffix(".json")
 SCALES, DEFAULT, STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5), 2.0, 16
 TRAINED_ON, TRAINING_SEED, SAMPLES, SEED, CHUNK = 40 * CLASSES, 1, 22 * CLASSES, 0, 2 * CLASSES
 CALL = {"guidance_scale": 2.0, "num_inference_steps": STEPS, "output_type": "latent"}
@@ -97,6 +99,20 @@ def paired(values: Tensor) -> tuple[float, float]:
     return float(values.double().mean()), float(values.double().std() / math.sqrt(len(values)))
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/guidance.md."""
+    lines = ["| method | score | log p | accuracy | FD, classifier | FD, pixels |", f"| --- |{' ---: |' * 5}"]
+    for row in rows:
+        cells = [
+            f"{row[f'{key}, less w = {DEFAULT:g}']:+.3f} ± {row[f'{key}, error of the difference']:.3f}"
+            for key in ("score", "log p, independent")
+        ]
+        cells += [f"{row['accuracy']:.3f}"]
+        cells += [f"{row[key]:.2f} ± {row[f'{key}, error']:.2f}" for key in ("FD, classifier", "FD, pixels")]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Trains, samples, compares, prints and writes the JSON."""
     parser = argparse.ArgumentParser(description="Compare dynamic guidance with static scales.")
@@ -106,7 +122,11 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help="images a row, a multiple of 24 (default: %(default)s)"
     )
+    parser.add_argument("--table", action="store_true", help="print the table of the committed JSON, measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(FILE.read_text())["rows"]))
+        return
     folder, samples = arguments.model, arguments.samples
     if samples < CLASSES or samples % CLASSES:
         parser.error(f"--samples {samples} is no multiple of {CLASSES}; give e.g. {SAMPLES}")
@@ -157,17 +177,6 @@ def main() -> None:
             row[key] = float(values.mean())
             row[f"{key}, less w = {DEFAULT:g}"], row[f"{key}, error of the difference"] = paired(values - default[key])
         rows.append(row | distances(run["x"], folder))
-    print("| method | score - default | log p, independent, - default | accuracy | FD, classifier | FD, pixels |")
-    print(f"|---|{' ---: |' * 5}")
-    for row in rows:
-        cells = [
-            f"{row[f'{key}, less w = {DEFAULT:g}']:+.4f} +- {row[f'{key}, error of the difference']:.4f}"
-            for key in ("score", "log p, independent")
-        ]
-        cells += [f"{row['accuracy']:.4f}"] + [
-            f"{row[key]:.3f} +- {row[f'{key}, error']:.3f}" for key in ("FD, classifier", "FD, pixels")
-        ]
-        print(f"| {row['method']} | {' | '.join(cells)} |")
     result = {
         "made_on": {
             "torch": torch.__version__,
@@ -182,7 +191,8 @@ def main() -> None:
         "reliability by flow time": {name: network.measured for name, network in evaluators.items()},
         "rows": rows,
     }
-    write_bytes(Path(__file__).with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
+    print(table(rows))
+    write_bytes(FILE, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

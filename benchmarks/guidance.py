@@ -229,16 +229,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure guidance methods against full guidance.")
     parser.add_argument("--table", action="store_true", help="print the tables of the committed JSON, measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the committed JSON, measure nothing")
+    parser.add_argument("--overhead", action="store_true", help="measure the cost of the hooks alone; the curves stay")
     given, file = parser.parse_args(), Path(__file__).with_suffix(".json")
     if given.table or given.plot:
-        found = json.loads(file.read_text())
+        found: dict[str, Any] = json.loads(file.read_text())
         if given.plot:
             plot(found, given.plot)
         if given.table:
             print(table(found))
         return
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"curves": []}
+    if given.overhead:
+        found = {**json.loads(file.read_text()), "overhead": overhead()}
+        print(table(found))
+        write_bytes(file, (json.dumps(found, indent=1) + "\n").encode())
+        return
+    found = {"curves": []}
     pipelines = cases()
     with Progress() as display:
         task = display.add_task("guidance", total=len(pipelines) * len(SCALES) * (1 + 5 * len(SAVINGS)))

@@ -387,3 +387,25 @@ def test_our_scheduler_too() -> None:
     expected = run(pipe, STEPS, guidance_scale=7.0)
     with attach(pipe, Fixed(7.0)):
         assert torch.equal(run(pipe, STEPS, guidance_scale=2.0), expected)
+
+
+def test_what_is_attached_in_the_middle_of_a_run_waits_for_the_next() -> None:
+    pipe = build("sd15", stock_of("sd15"))
+    late: list[Any] = []
+
+    def join(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if step == 1 and not late:
+            late.append(attach(pipe, Cut(0), Recorder("state")))
+        return state
+
+    expected = run(pipe, STEPS)
+    with attach(pipe, Recorder("state")) as first:
+        assert torch.equal(run(pipe, STEPS, callback_on_step_end=join), expected)
+        rest = 2 * (STEPS - 2)  # guided as before
+        assert (late[0].rows, late[0].asked, late[0].parts[1].trajectories) == (rest, rest, [])
+        run(pipe, STEPS)
+        assert (late[0].rows, late[0].asked) == (rest + STEPS, rest + 2 * STEPS)
+        assert len(late[0].parts[1].trajectories[0].states) == STEPS + 1
+        late[0].detach()
+    assert len(first.parts[0].trajectories) == 2
+    assert torch.equal(run(pipe, STEPS), expected)

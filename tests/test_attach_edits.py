@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowkit.guidance import GradientGuidance
 from flowkit.hooks import Evaluation, Part, Recorder, attach
 from flowkit.hooks.layout import networks, read, write
 
@@ -210,3 +211,27 @@ def test_in_half_precision(family: str) -> None:
     with attach(pipe, Cut(0)):
         assert torch.equal(run(pipe, STEPS, **scaled(family, 2.0)), off)
     assert not torch.equal(plain, expected)
+
+
+def test_inference_mode() -> None:
+    """Guidance works in it, and what needs a gradient says that there is none."""
+    pipe, expected = build("sd15", stock_of("sd15")), reference("sd15", 7.0)
+    before = trace(pipe)
+
+    def energy(x: Tensor, sigma: float, conditioning: Any) -> Tensor:
+        return x.square().flatten(1).sum(1)
+
+    with torch.inference_mode():
+        for part in (
+            GradientGuidance(energy),
+            GradientGuidance(energy, at="x"),
+            GradientGuidance(energy, 1.0, "x0", True),
+        ):
+            attach(pipe, part)
+            with pytest.raises(
+                ValueError, match=r"no gradient can be taken in torch\.inference_mode; call the pipeline w"
+            ):
+                run(pipe, STEPS)
+            assert trace(pipe) == before
+        with attach(pipe, Fixed(7.0)):
+            assert torch.equal(run(pipe, STEPS), expected)

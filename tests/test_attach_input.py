@@ -11,10 +11,12 @@ from torch import Tensor
 
 import flowkit
 from flowkit.hooks import Guidance, Part, Recorder, attach
+from flowkit.hooks.selftest import Use, learned
 
 from .families import stock_of
 from .guided import Cut, Fixed, Idle, scaled, trace
 from .tiny import build, parts, run
+from .tiny_parts import random
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -53,6 +55,16 @@ def test_wrong_answers_of_a_method(family: str, part: Part, message: str) -> Non
         run(pipe, STEPS)
     assert trace(pipe) == before
     assert torch.equal(run(pipe, STEPS), expected)
+
+
+@pytest.mark.parametrize("family", ["z-image", "hidream"])
+def test_a_prediction_of_zero_does_not_tell_its_sign(family: str) -> None:
+    pipe = build(family, stock_of(family))
+    with attach(pipe, flowkit.ZeroStarGuidance(4.0, zero_init=1)) as attached:
+        run(pipe, STEPS)
+    assert [step.rows for step in attached.steps] == [1, 2, 2, 2]
+    with attach(pipe, Idle()):
+        run(pipe, STEPS)
 
 
 def test_what_cannot_be_attached_to() -> None:
@@ -171,6 +183,31 @@ def test_what_a_part_refuses_while_the_pipeline_runs_detaches_it(part: Part, mes
         run(pipe, STEPS)
     assert trace(pipe) == before
     run_.detach()  # a second time does nothing
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "lumina2"])
+def test_pipelines_that_divide_by_the_norm_of_a_zero_prediction(family: str) -> None:
+    pipe = build(family, stock_of(family))
+    run(pipe, STEPS)  # a first call leaves traces of its own
+    before = trace(pipe)
+    attach(pipe, flowkit.ZeroStarGuidance(3.0))
+    with pytest.raises(ValueError, match=r"Pipeline makes NaN or infinity of finite predictions.*pass zero_init=0$"):
+        run(pipe, STEPS)
+    assert trace(pipe) == before
+    with attach(pipe, flowkit.ZeroStarGuidance(3.0, zero_init=0)):
+        assert run(pipe, STEPS).isfinite().all()
+
+
+def test_what_cannot_be_told_of_a_zero_output() -> None:
+    """Not that it is negated, which would refuse a pipeline whose first prediction is zero."""
+    c, u = random(2, 4, 3, 3, seed=1), random(2, 4, 3, 3, seed=2)
+    zero = torch.zeros_like(c)
+    assert learned(zero, zero, zero) == learned(zero, zero, None) == learned(3 * c, c, 2 * c) == Use()
+    assert learned(-c, c, c) == Use(-1)
+    told = learned(u + 5 * (c - u), c, u)
+    assert told is not None
+    assert told.sign == 1
+    assert told.scale == pytest.approx(5.0)
 
 
 def test_other_errors_leave_it_attached() -> None:

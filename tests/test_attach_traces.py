@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +112,48 @@ def test_detaching_in_the_middle_of_a_call() -> None:
         run(pipe, STEPS, callback_on_step_end=end)
     assert rows == [1, 1, 2, 2]
     assert trace(pipe) == before
+
+
+def test_what_is_never_detached_is_not_kept_alive() -> None:
+    pipe = _own("sd15")
+    attach(pipe, Cut(0))
+    run(pipe, STEPS)
+    network = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert network() is None
+
+
+@pytest.mark.parametrize("family", HOW)
+def test_files_hold_nothing_of_what_is_attached(family: str) -> None:
+    pipe = _own(family)
+    things = [pipe.scheduler, *networks(pipe)]
+    plain = [len(pickle.dumps(thing)) for thing in things]
+    with attach(pipe, Cut(0)):
+        contents = [pickle.dumps(thing) for thing in things]
+    for content, size in zip(contents, plain, strict=True):
+        assert len(content) < size + 500
+        assert b"Engine" not in content
+    scheduler = pickle.loads(contents[0])
+    assert scheduler.step.__func__ is type(scheduler).step
+    assert scheduler.step.__self__ is scheduler
+
+
+@pytest.mark.parametrize("family", HOW)
+@pytest.mark.parametrize("calls", [0, 1])
+def test_another_pipeline_that_has_the_network(family: str, calls: int) -> None:
+    """With a scheduler of its own, it would be guided by halves."""
+    pipe, other = build(family, stock_of(family)), build(family, stock_of(family))
+    plain, strong, before = reference(family), reference(family, 7.0), trace(pipe)
+    attach(pipe, Fixed(7.0))
+    for _ in range(calls):
+        assert torch.equal(run(pipe, STEPS), strong)
+    with pytest.raises(
+        ValueError, match=r"another time before the scheduler of .* stepped, so another pipeline or loop runs"
+    ):
+        run(other, STEPS)
+    assert trace(pipe) == before
+    assert torch.equal(run(other, STEPS), plain)
 
 
 def test_detaching_twice_does_nothing() -> None:

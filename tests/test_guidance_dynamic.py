@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowkit import MixtureDenoiser, paths
+from flowkit import MixtureDenoiser, paths, weights
 from flowkit.guidance.dynamic import DynamicGuidance
 from flowkit.guidance.evaluators import DecodedReward, Quadratic, vae_decoder
 from flowkit.guidance.latent_evaluators import LatentClassifier, LatentDiscriminator
@@ -180,15 +181,15 @@ def test_weights_mix_normalised_scores() -> None:
 
     table = [[0.0, 3.0, 1.0, -2.0], [1e6, 0.0, 2e6, 4e6]]  # wildly different units
     cond, uncond = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    for weights in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.1], [1.0, 0.3], [0.0, 0.0]):
+    for mixed in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.1], [1.0, 0.3], [0.0, 0.0]):
         z = [
             [(v - sum(row) / 4) / torch.tensor(row, dtype=torch.float64).std(correction=0).item() for v in row]
             for row in table
         ]
-        total = [sum(a * zj[k] for a, zj in zip(weights, z, strict=True)) for k in range(4)]
+        total = [sum(a * zj[k] for a, zj in zip(mixed, z, strict=True)) for k in range(4)]
         want = max(range(4), key=lambda k: (total[k], k == 2))
-        judges = [Judge(row, a) for row, a in zip(table, weights, strict=True)]
-        for chosen in (weights, "adaptive"):
+        judges = [Judge(row, a) for row, a in zip(table, mixed, strict=True)]
+        for chosen in (mixed, "adaptive"):
             guidance = DynamicGuidance(judges, range(4), default=2.0, weights=chosen)
             assert guidance.combine(cond, uncond, 0, 0.5, {})[1]["report"]["scale"].item() == want
 
@@ -333,6 +334,19 @@ def test_evaluators_come_back_from_disk(shape: tuple[int, ...], tmp_path: Path) 
     assert (want[:2] < 0).all()
     with pytest.raises(ValueError, match=r"is not a LatentClassifier \(it holds a LatentDiscriminator\)"):
         LatentClassifier.load(tmp_path / "discriminator.safetensors")
+    tensors, metadata = weights.read(tmp_path / "discriminator.safetensors")
+    sizes = json.loads(metadata["sizes"])
+    for wrong in (
+        "{",
+        "[" * 100_000,
+        "[]",
+        *(json.dumps({**sizes, "width": w}) for w in (5, 10**9, 10**30, "a", None)),
+    ):
+        weights.write(tmp_path / "wrong", tensors, {**metadata, "sizes": wrong})
+        with pytest.raises(ValueError, match=r"is not a LatentDiscriminator \(.*train_evaluators makes one"):
+            LatentDiscriminator.load(tmp_path / "wrong")
+    weights.write(tmp_path / "half", {name: tensor.half() for name, tensor in tensors.items()}, metadata)
+    assert {w.dtype for w in LatentDiscriminator.load(tmp_path / "half").parameters()} == {torch.float32}
 
 
 def test_reliability_is_linear_in_flow_time() -> None:

@@ -311,6 +311,12 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         ({**tensors, "steps": tensors["steps"] - 1}, metadata),
         ({**tensors, "coefficients": tensors["coefficients"][0]}, metadata),
         ({**tensors, "coefficients": tensors["coefficients"] * torch.nan}, metadata),
+        ({**tensors, "coefficients": torch.tensor(1.0, dtype=torch.float64)}, metadata),
+        ({**tensors, "coefficients": tensors["coefficients"].to(torch.complex64)}, metadata),
+        ({**tensors, "steps": tensors["steps"] * torch.inf}, metadata),
+        (tensors, {**metadata, "about": "[" * 100_000}),
+        (tensors, {**metadata, "identity": "[" * 100_000}),
+        (tensors, {**metadata, "identity": json.dumps({"levels": [10**400] * 6})}),
     ):
         weights.write(path, changed, data)
         with pytest.raises(ValueError, match=r"a\.safetensors is damaged .*calibrate anew"):
@@ -337,6 +343,23 @@ def test_runs_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="fitted to MixtureDenoiser, the pipeline runs Linear; calibrate it again"):
         guidance.begin(SimpleNamespace(networks=[torch.nn.Linear(1, 1)]))
     guidance.begin(SimpleNamespace(networks=[torch.nn.ReLU(), mixture()]))
+
+
+def test_an_intercept_is_for_samples_of_one_shape() -> None:
+    c = torch.ones(2, 3, 4, 4)
+    for shape, other in (((3, 1, 1), (2, 5, 4, 4)), ((3, 4, 4), (2, 3, 4, 8)), ((1, 3, 4, 4), (2, 3, 4, 4))):
+        guidance = LinearAdaptiveGuidance(
+            torch.tensor([[[0.5, 0.5], [1.0, 0.0]]]), [1], intercept=torch.ones(1, *shape)
+        )
+        if len(shape) == 3:
+            _, state = guidance.combine(c, c, 0, 1.0, {})
+            (_, u), _ = guidance.combine(c, None, 1, 0.5, state)
+            assert torch.equal(u, 3 * c)
+        _, state = guidance.combine(torch.ones(other), torch.ones(other), 0, 1.0, {})
+        with pytest.raises(
+            ValueError, match=r"the intercept is for samples of shape .*, these have .*; calibrate it again"
+        ):
+            guidance.combine(torch.ones(other), None, 1, 0.5, state)
 
 
 def test_missing_outputs_are_named() -> None:

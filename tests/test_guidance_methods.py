@@ -161,6 +161,11 @@ def test_both_units_give_the_same_steps(path: str) -> None:
     assert plans == ["cond", "cond", "both", "both", "cond"]
 
 
+def test_an_interval_needs_the_level() -> None:
+    with pytest.raises(ValueError, match="needs the scheduler's noise levels, which are not known; swap in"):
+        IntervalGuidance(0.0, 1.0).plan(0, math.nan, {})
+
+
 def test_log_snr_needs_a_path() -> None:
     with pytest.raises(ValueError, match="needs the scheduler's path"):
         IntervalGuidance(-1, 1, unit="log_snr").plan(0, 0.5, {})

@@ -125,8 +125,8 @@ def test_combine_is_pure_and_rounds_as_pipelines_do(dtype: torch.dtype) -> None:
         again, _ = policy.combine(c, u, step, 0.5, state)
         assert torch.equal(first, want)
         assert torch.equal(again, want)
-        assert after == state == {"other": 1}
-        assert after is not state
+        assert state == {"other": 1}
+        assert after == {"other": 1, "report": {"scale": (1.0, 7.5, 0.0)[step]}}
     assert [policy.plan(step, 0.5, state) for step in range(3)] == ["cond", "both", "uncond"]
     assert torch.equal(policy.combine(c, None, 0, 0.5, {})[0], c)
     for step in (1, 2):
@@ -186,6 +186,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         {"options": ["cond", "other", 2.0]},
         {"options": ["cond", 2.0]},
         {"options": ["cond", [], 2.0]},
+        {"options": ["cond", 10**400, 2.0]},
         {"identity": 3},
         {"identity": {"levels": [1.0, True, None]}},
         {"about": []},

@@ -70,9 +70,12 @@ class GradientGuidance(Part):
         """Returns the change of the network's output that moves x0_hat, in its dtype; None at the ends named above.
 
         Raises:
-            ValueError: where the scheduler's path is not known, x0 is not determined, or the energy does not return (B,),
-                is NaN or has NaN in its gradient, or does not depend on the point.
+            ValueError: in ``torch.inference_mode``; where the scheduler's path is not known, x0 is not determined, or the energy
+                does not return (B,), is NaN or has NaN in its gradient, or does not depend on the point.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("no gradient can be taken in torch.inference_mode; call the pipeline without it, which itself turns "
+                             "gradients off")  # fmt: skip
         level = evaluation.level
         if level is None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from torch import Tensor
@@ -45,8 +46,12 @@ class IntervalGuidance(Guidance):
         """Returns "both" in the interval and "cond" outside.
 
         Raises:
-            ValueError: for unit "log_snr" where the path is not known, since ``sigma`` alone does not tell its unit.
+            ValueError: for a level that is not known, and for unit "log_snr" where the path is not known, since ``sigma`` alone
+                does not tell its unit.
         """
+        if math.isnan(sigma):
+            raise ValueError("IntervalGuidance needs the scheduler's noise levels, which are not known; swap in a "
+                             "RectifiedFlowScheduler")  # fmt: skip
         if self.unit == "sigma":
             inside = self.low < sigma <= self.high
         else:

@@ -120,9 +120,10 @@ class LatentNetwork(nn.Module):
         try:
             if metadata["kind"] != cls.__name__:
                 raise ValueError(f"it holds a {metadata['kind']}")
-            network = cls(**json.loads(metadata["sizes"]))
-            network.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            with torch.device("meta"):  # sizes that are not those of the tensors take no memory
+                network = cls(**json.loads(metadata["sizes"]))
+            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is not a {cls.__name__} ({reason}); train_evaluators makes one") from error
         return network.eval().requires_grad_(False)

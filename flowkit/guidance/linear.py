@@ -152,7 +152,13 @@ class LinearAdaptiveGuidance(Guidance):
                                  "pass; start at the first one, without strength or a start in the middle")  # fmt: skip
             total = torch.add(total, kept[kind, i].to(wide), alpha=float(self.coefficients[row, kind, i]))
         if self.intercept is not None:
-            total = total + self.intercept[row].to(total)
+            own = self.intercept[row].to(total)
+            try:
+                own = own.expand(cond.shape[1:])
+            except RuntimeError as error:
+                raise ValueError(f"the intercept is for samples of shape {tuple(own.shape)}, these have {tuple(cond.shape[1:])}; "
+                                 f"{_CURE}") from error  # fmt: skip
+            total = total + own
         return total.to(cond.dtype)
 
     @classmethod
@@ -313,11 +319,13 @@ class LinearAdaptiveGuidance(Guidance):
             raise ValueError(f"{Path(path)} holds no coefficients of LinearAdaptiveGuidance (format {metadata.get('format')!r}); "
                              "pass a file that its save() wrote")  # fmt: skip
         try:
-            b, steps = tensors["coefficients"], tensors["steps"].tolist()
+            b, steps = tensors["coefficients"], tensors["steps"]
+            if b.dtype != torch.float64 or b.ndim != 3 or steps.dtype != torch.int64:
+                raise ValueError(f"coefficients are {b.dtype} of shape {tuple(b.shape)} and steps {steps.dtype}")
             identity = identities.from_json(json.loads(metadata.get("identity", "null")), b.shape[-1])
             about = json.loads(metadata.get("about", "{}"))
-            return cls(b, steps, intercept=tensors.get("intercept"), identity=identity, about=about)
-        except (TypeError, ValueError) as error:
+            return cls(b, steps.tolist(), intercept=tensors.get("intercept"), identity=identity, about=about)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{Path(path)} is damaged ({error}); copy it again or calibrate anew") from error
 
 

@@ -19,7 +19,7 @@ from flowkit.guidance import identity as identities
 from flowkit.guidance import policy_search
 from flowkit.guidance.policy_search import FixedScale, Option, Rollout, Snapshot
 from flowkit.guidance.runs import recorded
-from flowkit.hooks.parts import Guidance, State
+from flowkit.hooks.parts import Guidance, State, reported
 from flowkit.pipelines.sampling import Inputs, as_inputs, parameters
 from flowkit.progress import bar
 from flowkit.weights import write_bytes
@@ -96,20 +96,21 @@ class PolicyGuidance(Guidance):
             uncond: same shape; read for "uncond" and scales.
             step: number of the evaluation.
             sigma: its noise level.
-            state: of the run; nothing is kept there.
+            state: of the run; nothing is kept there, and ``scale`` is reported.
 
         Raises:
             ValueError: for a run of another kind, and where the unconditional output is needed and missing.
         """
         identities.check_step(self, step, sigma, state, _CURE)
         option = self.options[step]
+        after = reported(state, scale=policy_search.strength(option))
         if option == "cond":
-            return cond, dict(state)
+            return cond, after
         if uncond is None:
             raise ValueError(
                 f"evaluation {step} is {option!r} and has no unconditional output; run what plan() asks for"
             )
-        return (uncond if isinstance(option, str) else uncond + option * (cond - uncond)), dict(state)
+        return (uncond if isinstance(option, str) else uncond + option * (cond - uncond)), after
 
     @classmethod
     def search(
@@ -248,7 +249,7 @@ class PolicyGuidance(Guidance):
                 raise ValueError(f"options are {options!r:.60} and about {about!r:.60}")
             identity = identities.from_json(values.get("identity"), len(options))
             return cls(options, identity=identity, about=about)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file} is damaged ({error}); copy it again or search anew") from error
 
 

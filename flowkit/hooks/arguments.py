@@ -112,6 +112,14 @@ def select(value: Any, rows: int, picked: Sequence[int], name: str = "") -> Any:
     return value
 
 
+def size(value: Any) -> int:  # noqa: ANN401
+    """Returns the bytes of the tensors in an argument, in dicts, lists and tuples too."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(size(item) for item in items)
+
+
 def take(x: Tensor, picked: Sequence[int]) -> Tensor:
     """Returns rows of a tensor: a view where they are neighbours."""
     first = picked[0]

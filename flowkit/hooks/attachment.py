@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flowkit.hooks import layout
-from flowkit.hooks.engine import Engine
+from flowkit.hooks.engine import Engine, engine_of
 from flowkit.hooks.parts import Guidance, Part
 from flowkit.hooks.report import Report, plot, report
 from flowkit.hooks.steps import Step
-
-_ENGINES: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
 def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
@@ -49,12 +46,12 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
                          "the pipeline that denoises")  # fmt: skip
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise TypeError(f"{name} has no scheduler to attach to; pass a diffusers pipeline")
-    engines = {engine for net in networks if (engine := _ENGINES.get(net)) is not None}
+    engines = {engine for net in networks if (engine := engine_of(net)) is not None}
     if any(engine.pipe is not pipe for engine in engines):
         other = next(type(engine.pipe).__name__ for engine in engines if engine.pipe is not pipe)
         raise ValueError(f"the networks of {name} are attached to through {other}, which has them too; detach that")
     engine = engines.pop() if engines else Engine(pipe, networks)
-    everything = (*engine.parts, *parts)
+    everything = (*engine.parts, *engine.late, *parts)
     if twice := [part for i, part in enumerate(everything) if any(part is other for other in everything[:i])]:
         raise ValueError(f"this {type(twice[0]).__name__} is attached already; make another one")
     methods = [part for part in everything if isinstance(part, Guidance)]
@@ -81,9 +78,7 @@ class Attachment:
         self._engine: Engine | None = engine
         if not engine.installed:
             engine.install()
-            for network in engine.networks:
-                _ENGINES[network] = engine
-        engine.parts += parts
+        engine.add(parts)
         engine.on_step.append(self._noted)
         engine.attached.append(self)
 
@@ -102,13 +97,11 @@ class Attachment:
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        engine.parts = [part for part in engine.parts if not any(part is own for own in self.parts)]
+        engine.drop(self.parts)
         engine.on_step.remove(self._noted)
         engine.attached.remove(self)
         last = engine.last
         if not engine.attached:
-            for network in engine.networks:
-                _ENGINES.pop(network, None)
             engine.remove()
         if last is not None and not bool(torch.isfinite(last).all()):
             raise ValueError("the last sample holds NaN or infinity; a scheduler made with debug=True names the step")
@@ -129,18 +122,18 @@ class Attachment:
         """Draws the same.
 
         Args:
-            file: where to save the picture; its ending says the format. None: nowhere.
+            file: where to save the picture, its folder is made if missing; its ending says the format. None: nowhere.
 
         Returns:
             The matplotlib figure.
 
         Raises:
-            ValueError: before the pipeline was called.
+            ValueError: before the pipeline was called, or for an ending of no picture.
             ImportError: without matplotlib.
         """
         return plot(self.steps, file)
 
     @property
     def saved(self) -> float:
-        """Share of the network rows asked for that were not run, in [0, 1]."""
+        """Share of the network rows asked for that were not run; below 0 where a second network runs rows of its own."""
         return 1.0 - self.rows / self.asked if self.asked else 0.0

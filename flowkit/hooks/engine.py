@@ -29,6 +29,7 @@ class Engine:
         pipe: the pipeline.
         networks: those of its networks that it calls at every step, or takes turns with.
         parts: what is attached.
+        late: what was attached in the middle of a run, and waits for the next.
         attached: the attachments that these belong to.
         on_step: called with every finished step.
         last: the last sample.
@@ -43,6 +44,7 @@ class Engine:
     def __init__(self, pipe: Any, networks: Sequence[torch.nn.Module]) -> None:  # noqa: ANN401
         self.pipe, self.networks = pipe, list(networks)
         self.parts: list[Part] = []
+        self.late: list[Part] = []
         self.attached: list[Any] = []
         self.on_step: list[Callable[[Step], None]] = []
         self.last: Tensor | None = None
@@ -56,6 +58,7 @@ class Engine:
 
     def _fresh(self) -> None:
         """Before the first call of a run."""
+        self.parts, self.late = [*self.parts, *self.late], []
         self.clock: Clock | None = None
         self.state: dict[str, Any] = {}
         self.step: Step | None = None
@@ -103,6 +106,15 @@ class Engine:
             hook.remove()
         self._calls, self._methods, self._scheduler = [], [], None
         self._fresh()
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Attaches parts, in the middle of a run from the next one on."""
+        (self.parts if self.clock is None else self.late).extend(parts)
+
+    def drop(self, parts: Sequence[Part]) -> None:
+        """Takes parts away."""
+        for kept in (self.parts, self.late):
+            kept[:] = [part for part in kept if not any(part is own for own in parts)]
 
     def _follow(self) -> None:
         """Hooks the pipeline's scheduler, which may have been swapped since."""
@@ -191,7 +203,7 @@ class Engine:
         if self._through and not isinstance(latents, Tensor):
             raise self.refuse(f"{type(self.pipe).__name__} gives its network a list of samples, through which no gradient is "
                               "taken; use through_network=False")  # fmt: skip
-        self.step = step = self._new_step(x, calls, call.network, rows)
+        self.step = step = self._new_step(x, calls, call.network, given.time, rows)
         if self._through:  # the sample that parts are told of is the one that the network is given
             x = step.evaluation.x * self._scale(step.evaluation.level)
             others = {role: take(latents, own) for role, own in where.items() if role != "cond"}
@@ -217,7 +229,7 @@ class Engine:
             self._roles = key, layout.roles(self.pipe, latents, self.context)
         return self._roles[1]
 
-    def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: torch.nn.Module, asked: int) -> Step:
+    def _new_step(self, x: Tensor, calls: dict[str, Arguments], network: Any, time: Any, asked: int) -> Step:  # noqa: ANN401
         now = self.clock
         assert now is not None
         level = now.level(self._index, self.sign)
@@ -229,7 +241,7 @@ class Engine:
             steps=len(now.timesteps) - self._first,
             conditioning=calls["cond"].named(_parameters(network)),
         )
-        return Step(evaluation, now.sigma(self._index), network, calls, asked=asked, passes=1)
+        return Step(evaluation, now.sigma(self._index), network, time, calls, asked=asked, passes=1)
 
     def _plan(self, step: Step) -> str | list[bool]:
         guidance = self.guidance
@@ -299,9 +311,12 @@ class Engine:
         if step.extra:
             return
         assert step.seen is not None
-        use = learned(output, *step.seen)
-        if use is None and not bool(torch.isfinite(output).all()):
+        if not bool(torch.isfinite(output).all()):
+            if all(bool(torch.isfinite(half).all()) for half in step.seen if half is not None):
+                raise self.refuse(f"{name} makes NaN or infinity of finite predictions, so it may divide by their norms, which "
+                                  "ZeroStarGuidance sets to 0: pass zero_init=0")  # fmt: skip
             return  # `Attachment.detach` says so
+        use = learned(output, *step.seen)
         if use is None:
             raise self.refuse(f"{name} changes the network's prediction before scheduler.step in a way that is not known, and so "
                               "would change what is done to it from outside")  # fmt: skip
@@ -313,6 +328,12 @@ class Engine:
             raise self.refuse(
                 f"{name} negates the network's output, which was not known; now it is: attach and call it again"
             )
+
+
+def engine_of(network: torch.nn.Module) -> Engine | None:
+    """Returns what is hooked into a network, or None."""
+    call = vars(network).get(NetworkCall.SLOT)
+    return getattr(call.call, "__self__", None) if isinstance(call, NetworkCall) else None
 
 
 def _moved(result: Any, sample: Tensor) -> Any:  # noqa: ANN401

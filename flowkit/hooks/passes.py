@@ -134,6 +134,9 @@ def following(engine: Engine, call: NetworkCall, given: Arguments, step: Step) -
     Returns:
         What the network is to return.
     """
+    if not _same_time(step.time, given.time):
+        raise engine.refuse(f"the network was called at another time before the scheduler of {type(engine.pipe).__name__} stepped, "
+                            "so another pipeline or loop runs it: detach first, or attach to that")  # fmt: skip
     rows = len(given.latents)
     step.passes, step.asked = step.passes + 1, step.asked + rows
     if step.passes > 2 or step.first is None or engine.context not in (None, "uncond") or rows != step.size:
@@ -226,6 +229,14 @@ def show(step: Step, shown: Tensor, new: Tensor) -> None:
     if new is not natural:
         step.shift = (new - natural).detach()
         shown.copy_(new)
+
+
+def _same_time(a: Any, b: Any) -> bool:  # noqa: ANN401
+    # Mostly the very tensor. Frames that are given have time 0, and calls for other rows another length.
+    if a is b or a is None or b is None:
+        return a is b
+    first, second = (torch.as_tensor(time).detach().abs().max().double().cpu() for time in (a, b))
+    return bool(first == second)
 
 
 def _within(step: Step, value: Tensor, output: Any = None) -> Tensor:  # noqa: ANN401

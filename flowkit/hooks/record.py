@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkit.hooks import layout
-from flowkit.hooks.arguments import Arguments, changes
+from flowkit.hooks.arguments import Arguments, changes, size
 from flowkit.hooks.levels import TIME_MAPS
 from flowkit.hooks.parts import Level, Part
 from flowkit.hooks.selftest import aligned
@@ -21,7 +21,7 @@ KINDS = ("state", "output", "cond", "uncond")
 
 @dataclass
 class Trajectory:
-    """One call of a pipeline, of N evaluations; tensors on the CPU.
+    """One call of a pipeline, of N evaluations; tensors on the CPU, but for the conditioning.
 
     Attributes:
         states: the sample before each evaluation and after the last, N + 1 tensors (B, ...); empty unless kept, as are the others.
@@ -32,6 +32,8 @@ class Trajectory:
         timesteps: the scheduler's.
         identity: names of pipeline and network, and the levels, as values for JSON.
         edited: numbers of the evaluations before which the pipeline changed the sample, where states are kept.
+        conditioning: the network's arguments by name, beside latents and time, for the conditional rows at the first evaluation:
+            embedded prompts, labels and the like, where they were.
         changed: the network's arguments, beside latents and time, that the pipeline changes between evaluations, and "the network
             itself" where two take turns.
     """
@@ -44,6 +46,7 @@ class Trajectory:
     timesteps: list[float] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     edited: list[int] = field(default_factory=list)
+    conditioning: dict[str, Any] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     _network: Any = None
     _calls: dict[str, Arguments] = field(default_factory=dict)
@@ -94,7 +97,7 @@ class Recorder(Part):
 
     Args:
         *keep: any of "state", "output", "cond" and "uncond" (see `Trajectory`); none means the first two.
-        limit: bytes that may be kept; reaching it is an error.
+        limit: bytes that may be kept, the network's arguments at each first evaluation included; more is an error.
 
     Attributes:
         trajectories: one for every call of the pipeline, in order.
@@ -106,8 +109,8 @@ class Recorder(Part):
     def __init__(self, *keep: str, limit: int = 2**31) -> None:
         if unknown := [kind for kind in keep if kind not in KINDS]:
             raise ValueError(f"cannot record {unknown[0]!r}; choose from {', '.join(KINDS)}")
-        if not limit > 0:
-            raise ValueError(f"limit must be a positive number of bytes, got {limit}")
+        if not isinstance(limit, int | float) or not limit > 0:
+            raise ValueError(f"limit must be a positive number of bytes, got {limit!r}; 2**31 is 2 GiB")
         self.keep, self.limit, self.bytes = keep or KINDS[:2], limit, 0
         self.trajectories: list[Trajectory] = []
 
@@ -140,7 +143,7 @@ class Recorder(Part):
             kept = self._kept(sample[:rows])
             if now.states:
                 old = now.states.pop()
-                self.bytes -= old.numel() * old.element_size()
+                self.bytes -= size(old)
                 if not torch.equal(old.to(kept.dtype), kept):
                     now.edited.append(len(now.sigmas) - 1)
             now.states.append(kept)
@@ -162,6 +165,9 @@ class Recorder(Part):
         now.identity = {"pipeline": type(run.pipe).__name__, "network": type(step.network).__name__, "levels": []}
         now._network, now._calls, now._level = step.network, dict(step.calls), step.evaluation.level
         now._sign, now._total = run.sign, run.clock.total
+        given = step.calls["cond"]
+        varying = {id(given.latents), id(given.time)}
+        now.conditioning = {k: v for k, v in step.evaluation.conditioning.items() if id(v) not in varying}
         now._expected, x = step.cond, aligned(step.evaluation.x.detach(), sample[: step.size])
         # A network that is not given the sample itself, up to a factor, is not a function of it alone: frames are put in its place.
         if x is not None:
@@ -169,14 +175,18 @@ class Recorder(Part):
             part = float((wide * seen).sum()) / max(float(wide.square().sum()), 1e-300)
             if float((seen - part * wide).norm()) <= 0.02 * float(seen.norm()):
                 now._x = x.clone()
+        self._count(size([[call.args, call.kwargs] for call in now._calls.values()]) + size([now._expected, now._x]))
 
     def _kept(self, x: Tensor) -> Tensor:
         """A copy that no later step of the pipeline writes into."""
-        self.bytes += x.numel() * x.element_size()
+        self._count(size(x))
+        return x.detach().to("cpu", copy=True)
+
+    def _count(self, more: int) -> None:
+        self.bytes += more
         if self.bytes > self.limit:
             raise ValueError(f"the recorder is full: {self.bytes} bytes, and its limit is {self.limit}; raise limit, keep less "
                              f"than {', '.join(self.keep)}, or record fewer samples")  # fmt: skip
-        return x.detach().to("cpu", copy=True)
 
 
 class DenoiserCall:
@@ -244,9 +254,9 @@ class DenoiserCall:
         if x.numel() == old.numel():
             return x.to(old.dtype).reshape(old.shape)
         # Images beside the sample, along the channels or tokens, stay.
-        for axis, size in enumerate(x.shape):
-            if size < old.shape[axis]:
-                return torch.cat([x.to(old.dtype), old.narrow(axis, size, old.shape[axis] - size)], axis)
+        for axis, own in enumerate(x.shape):
+            if own < old.shape[axis]:
+                return torch.cat([x.to(old.dtype), old.narrow(axis, own, old.shape[axis] - own)], axis)
         raise ValueError(f"the network's input has shape {tuple(old.shape)}, the sample {tuple(x.shape)}")
 
     def _told(self, timestep: float, old: Any) -> Any:  # noqa: ANN401

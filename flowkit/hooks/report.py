@@ -42,7 +42,7 @@ def report(steps: Sequence[Step], rows: int, asked: int) -> Report:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     if not steps:
-        lines.append("the pipeline was not called yet")
+        lines.append("no step yet: attach a part and call the pipeline")
     saved = f", {1 - rows / asked:.1%} saved" if asked else ""
     return Report("\n".join([*lines, f"network rows, all calls: {rows} of {asked}{saved}"]))
 
@@ -68,17 +68,17 @@ def plot(steps: Sequence[Step], file: str | os.PathLike[str] | None = None) -> A
 
     Args:
         steps: of the latest call of a pipeline.
-        file: where to save the picture; its ending says the format. None: nowhere.
+        file: where to save the picture, its folder is made if missing; its ending says the format. None: nowhere.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: without a step.
+        ValueError: without a step, or for an ending of no picture.
         ImportError: without matplotlib.
     """
     if not steps:
-        raise ValueError("there is nothing to draw: the pipeline was not called while this was attached")
+        raise ValueError("there is nothing to draw yet; attach a part and call the pipeline")
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -108,5 +108,6 @@ def plot(steps: Sequence[Step], file: str | os.PathLike[str] | None = None) -> A
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(Path(file))
     return figure

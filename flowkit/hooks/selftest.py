@@ -32,7 +32,8 @@ def learned(output: Tensor, cond: Tensor, uncond: Tensor | None) -> Use | None:
         uncond: the unconditional one; None where there is none. Where they differ, w is fitted by least squares.
 
     Returns:
-        What could be told; None where the halves are one prediction and the output is not that, nor a rearrangement of it.
+        What could be told: nothing of an output that fits with both signs, such as zero; None where the halves are one prediction
+        and the output is not that, nor a rearrangement of it.
     """
     ours = aligned(cond, output)
     theirs = None if ours is None else aligned(output, ours)
@@ -47,6 +48,8 @@ def learned(output: Tensor, cond: Tensor, uncond: Tensor | None) -> Use | None:
             rest = sign * found - u
             scale = 0.0 if equal else float((rest * apart).sum()) / energy
             fits.append((float((rest - scale * apart).norm()), sign, None if equal else scale))
+        if all(fit[0] <= close for fit in fits):
+            return Use()  # the output is zero, or all on one line with it
         best = min(fits, key=lambda fit: fit[0])
         if best[0] <= close:
             return Use(*best[1:])

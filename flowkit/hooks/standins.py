@@ -32,6 +32,9 @@ class Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # noqa: ANN401
         return copy.deepcopy(self.inner, memo) if id(self.owner) in memo else self
 
+    def __reduce__(self) -> Any:  # noqa: ANN401
+        return getattr, (self.owner, self.name)  # when it is read, the object's class has it
+
     def remove(self) -> None:
         """Puts back what was there; what somebody else put on top stays."""
         if vars(self.owner).get(self.name) is self:

@@ -20,6 +20,7 @@ class Step:
         evaluation: what parts are told of it.
         sigma: its level in the convention of diffusers' ``sigmas``.
         network: the module that was called.
+        time: the model's time that it was told.
         calls: its arguments for the "cond" rows and, as far as the pipeline has them, for the "uncond" rows.
         plan: what the guidance asked for: "both", "cond", "uncond", or which samples need the unconditional output.
         cond: the network's conditional output, (B, C, ...); None where it was not run.
@@ -32,6 +33,7 @@ class Step:
     evaluation: Evaluation
     sigma: float
     network: Any = None
+    time: Any = None
     calls: dict[str, Arguments] = field(default_factory=dict)
     plan: str | list[bool] = "both"
     cond: Tensor | None = None
