@@ -392,20 +392,21 @@ def test_our_scheduler_too() -> None:
 def test_what_is_attached_in_the_middle_of_a_run_waits_for_the_next() -> None:
     pipe = build("sd15", stock_of("sd15"))
     late: list[Any] = []
+    first, second = Recorder("state"), Recorder("state")
 
     def join(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
         if step == 1 and not late:
-            late.append(attach(pipe, Cut(0), Recorder("state")))
+            late.append(attach(pipe, Cut(0), second))
         return state
 
     expected = run(pipe, STEPS)
-    with attach(pipe, Recorder("state")) as first:
+    with attach(pipe, first):
         assert torch.equal(run(pipe, STEPS, callback_on_step_end=join), expected)
         rest = 2 * (STEPS - 2)  # guided as before
-        assert (late[0].rows, late[0].asked, late[0].parts[1].trajectories) == (rest, rest, [])
+        assert (late[0].rows, late[0].asked, second.trajectories) == (rest, rest, [])
         run(pipe, STEPS)
         assert (late[0].rows, late[0].asked) == (rest + STEPS, rest + 2 * STEPS)
-        assert len(late[0].parts[1].trajectories[0].states) == STEPS + 1
+        assert len(second.trajectories[0].states) == STEPS + 1
         late[0].detach()
-    assert len(first.parts[0].trajectories) == 2
+    assert len(first.trajectories) == 2
     assert torch.equal(run(pipe, STEPS), expected)
