@@ -20,8 +20,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from flowkit.eval import provenance, runs
 from flowkit.eval.collect import Slot, collect
@@ -35,6 +34,7 @@ from flowkit.eval.sources import ImageSource, Source, device_of, open_source
 from flowkit.eval.sources import count_rows as count_rows
 from flowkit.eval.statistics import FeatureStats
 from flowkit.pipelines.sampling import Inputs
+from flowkit.progress import bar as progress_bar
 
 # The usual N is 50,000; the bias of a smaller one, about c / N, differs between models and can turn their order.
 FEW = 10_000
@@ -116,7 +116,7 @@ def evaluate(
                       f"same number, and use {FEW:,} or more for figures to quote", stacklevel=2)  # fmt: skip
     settings = processes.agree(lambda: _settings(job))
     _check_alike(processes.gather(settings))
-    with _folder(output, processes) as folder, _bar(progress and processes.main) as bar:
+    with _folder(output, processes) as folder, progress_bar(progress and processes.main) as bar:
         if processes.main or processes.count > 1:
             fresh = resume or output is None
             processes.agree(lambda: runs.open_run(folder, settings, fresh) if processes.main else None)
@@ -174,7 +174,7 @@ def make_statistics(
 
     images, own = processes.agree(prepare)
     _check_alike(processes.gather({"samples": images.describe(), "extractor": dict(own.identity)}))
-    with _folder(None, processes) as folder, _bar(progress and processes.main) as bar:
+    with _folder(None, processes) as folder, progress_bar(progress and processes.main) as bar:
         (one,) = processes.agree(lambda: _spools([(None, images, [Slot(own)])], folder))
         processes.agree(lambda: _collect(one, processes, bar))
         processes.agree(lambda: _check_whole([one]) if processes.main else None)
@@ -383,8 +383,3 @@ def _folder(output: str | PathLike[str] | None, processes: Processes) -> Iterato
     with tempfile.TemporaryDirectory(prefix="flowkit-") if processes.main else nullcontext("") as own:
         folder = Path(processes.share(own))
         yield folder
-
-
-def _bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)

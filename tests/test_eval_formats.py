@@ -253,6 +253,7 @@ def test_references_take_the_set_of_the_extractors_dimension(tmp_path: Path) -> 
     for name in ("r.pkl", "r.npz"):
         for grid, expected in ((2, small), (8, large)):
             (found,) = match(tmp_path / name, PixelExtractor(3, grid=grid))
+            assert found.stats is not None
             assert torch.equal(found.stats.mean, expected.mean)
             assert found.describe()["extractor"] == "unknown, taken to be the one above"
         with pytest.raises(ValueError, match=r"r.*has 12 features, the extractor 'pixels' 48"):

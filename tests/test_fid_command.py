@@ -171,3 +171,10 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 invoke(*line.split()[2:])
     assert set(Result.load("runs/four")) == {"fid", "kid", "recall"}
     assert json.loads(Path("four.json").read_text())["figures"]["fid"]["value"] == Result.load("runs/four")["fid"]
+
+
+def test_the_page_shows_what_the_benchmark_prints() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- printed by `python benchmarks/eval.py --table` -->\n((?:.*\n)*?)<!-- end -->", page)
+    command = [sys.executable, "benchmarks/eval.py", "--table"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == shown
