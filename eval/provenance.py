@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowkit.hooks import Part, Recorder, attached_to
+
 _PACKAGES = ("flowkit-diffusion", "torch", "diffusers", "torch-fidelity", "numpy")
 
 
@@ -49,7 +51,8 @@ def hash_inputs(own: Callable[[int], Mapping[str, Any]], count: int) -> str:
 
 
 def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Returns class, origin, dtype, device and scheduler of a pipeline; after a run, with the levels that were visited."""
+    """Returns class, origin, dtype, device, scheduler and attached parts of a pipeline; after a run, with the levels it visited."""
+    attached = [part for part in attached_to(pipe) if not isinstance(part, Recorder)]
     scheduler = getattr(pipe, "scheduler", None)
     levels = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
     return {
@@ -62,6 +65,15 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
             "config": describe(dict(getattr(scheduler, "config", {}))),
             **{name: describe(np.asarray(v).tolist()) for name, v in levels.items() if v is not None},
         },
+        **({"attached": [_settings(part) for part in attached]} if attached else {}),
+    }
+
+
+def _settings(part: Part) -> dict[str, Any]:
+    """Class and arguments of what is attached."""
+    return {
+        "class": type(part).__qualname__,
+        **describe({k: v for k, v in vars(part).items() if not k.startswith("_")}),
     }
 
 

@@ -267,6 +267,23 @@ def test_another_model_of_the_same_class_is_refused(whole: Path) -> None:
         evaluate(other, output=whole, **ARGUMENTS)
 
 
+def test_what_is_attached_belongs_to_the_run(pipe: Any, whole: Path, tmp_path: Path) -> None:
+    guided = {**ARGUMENTS, "call": {**ARGUMENTS["call"], "guidance_scale": 2.0}, "output": tmp_path / "guided"}
+    with flowkit.attach(pipe, flowkit.AdaptiveGuidance(0.9)):
+        found = evaluate(pipe, **guided)
+        with pytest.raises(ValueError, match="samples"):
+            evaluate(pipe, output=whole, **ARGUMENTS)
+    (part,) = found.spec["pipeline"]["attached"]
+    assert (part["class"], part["threshold"], part["space"]) == ("AdaptiveGuidance", 0.9, "x0")
+    steps = found.spec["samples"]["call"]["num_inference_steps"]
+    assert found.spec["network_evaluations"] < 2 * steps  # what was run, not what was asked for
+    with (
+        flowkit.attach(pipe, flowkit.AdaptiveGuidance(0.95)),
+        pytest.raises(ValueError, match=r"attached\[0\].threshold 0.9"),
+    ):
+        evaluate(pipe, **guided)
+
+
 def test_another_folder_and_a_broken_block_are_refused_by_name(pipe: Any, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no folder of an evaluation"):

@@ -2,6 +2,7 @@
 
 from flowkit.hooks.attachment import Attachment as Attachment
 from flowkit.hooks.attachment import attach as attach
+from flowkit.hooks.attachment import attached_to as attached_to
 from flowkit.hooks.parts import Evaluation as Evaluation
 from flowkit.hooks.parts import Guidance as Guidance
 from flowkit.hooks.parts import Level as Level

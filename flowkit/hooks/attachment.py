@@ -61,6 +61,12 @@ def attach(pipe: Any, *parts: Part) -> Attachment:  # noqa: ANN401
     return Attachment(engine, parts)
 
 
+def attached_to(pipe: Any) -> list[Part]:  # noqa: ANN401
+    """Returns the parts that are attached to a pipeline."""
+    engines = {engine for net in layout.networks(pipe) if (engine := engine_of(net)) is not None}
+    return [part for engine in engines if engine.pipe is pipe for part in engine.parts]
+
+
 class Attachment:
     """What `attach` returns.
 
