@@ -31,7 +31,8 @@ from torch import Tensor
 from train_shapes24 import CLASSES, HELD_OUT, Shapes24Extractor, extractors, pictures, references
 
 from flowkit import ClassConditionalPipeline, RectifiedFlowScheduler
-from flowkit.eval.frechet import frechet_distance, jackknife_distances, jackknife_error
+from flowkit.eval.frechet import frechet_distance, jackknife_distances
+from flowkit.eval.intervals import jackknife_error
 from flowkit.eval.statistics import FeatureStats, merged
 from flowkit.guidance import DynamicGuidance, train_evaluators
 from flowkit.guidance.latent_evaluators import LatentNetwork
