@@ -241,6 +241,12 @@ class RectifiedFlowScheduler(TableScheduler):
         return imitation.make_path(self.config)
 
     @property
+    def prediction(self) -> str:
+        """What the network returns, one of `flowkit.predictions.PREDICTIONS`."""
+        kind = str(self.config["prediction_type"])
+        return _EDM.get(kind, kind) if self.config["path"] == "edm" else kind
+
+    @property
     def method(self) -> Solver:
         """The solver: the one asked for, the imitated class's own, or our default for the path.
 
@@ -320,12 +326,11 @@ class RectifiedFlowScheduler(TableScheduler):
     ) -> Plan:
         """What a run of these steps needs, by the configuration as it is now: pipelines edit it after construction."""
         config, path = self.config, self.path
-        kind = config["prediction_type"]
         levels, times, ends = self._grid_for(path, num_inference_steps, timesteps, sigmas, mu)
         method = self.method
         plan = Plan(
             path=path,
-            prediction=_EDM.get(kind, kind) if path.name == "edm" else kind,
+            prediction=self.prediction,
             method=method,
             levels=levels,
             times=times,

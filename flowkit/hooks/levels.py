@@ -13,7 +13,6 @@ from flowkit.hooks.parts import Level
 from flowkit.paths import Path
 from flowkit.schedulers import RectifiedFlowScheduler
 
-_EDM = {"epsilon": "edm", "v_prediction": "edm_v"}
 # How networks are told the time, of that of the scheduler.
 TIME_MAPS: dict[str, Callable[[Any, int], Any]] = {
     "t": lambda t, total: t,
@@ -73,9 +72,7 @@ def clock(scheduler: Any) -> Clock:  # noqa: ANN401
     except (ValueError, TypeError):  # a scheduler that is not known here
         padded = tuple(exported) if len(exported) == len(times) else (float("nan"),) * len(times)
         return Clock(times, total, None, "", (), padded)
-    kind = str(ours.config["prediction_type"])
-    prediction = _EDM.get(kind, kind) if path.name == "edm" else kind
-    return Clock(times, total, path, prediction, values, tuple(path.level(s) for s in values))
+    return Clock(times, total, path, ours.prediction, values, tuple(path.level(s) for s in values))
 
 
 def _at(path: Path, time: float, level: float | None) -> float:
