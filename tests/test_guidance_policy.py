@@ -17,8 +17,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from flowkit import ClassConditionalPipeline, MixtureDenoiser, Recorder, RectifiedFlowScheduler, attach
+from flowkit.guidance.dynamic import DynamicGuidance
 from flowkit.guidance.policy import PolicyGuidance
-from flowkit.guidance.policy_search import FixedScale, Rollout, Snapshot, descend, missed, refine, rows, within
+from flowkit.guidance.policy_search import Rollout, Snapshot, descend, missed, refine, rows, within
 from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Evaluation
 
@@ -67,7 +68,14 @@ def early() -> ClassConditionalPipeline:
 def rollouts(pipe: ClassConditionalPipeline, scale: float = 3.0, steps: int = 4, samples: int = 4) -> list[Rollout]:
     snapshot, call = Snapshot(), {"guidance_scale": 2.0, "num_inference_steps": steps}
     runs = recorded(
-        pipe, FixedScale(scale), snapshot, keep=("state",), samples=samples, inputs=LABELS, call=call, batch_size=2
+        pipe,
+        DynamicGuidance((), [scale]),
+        snapshot,
+        keep=("state",),
+        samples=samples,
+        inputs=LABELS,
+        call=call,
+        batch_size=2,
     )
     return [Rollout.of(run, snapshot, scale) for run, _ in runs]
 
@@ -294,7 +302,7 @@ def test_the_network_stays_as_it_is() -> None:
 
 def rollouts_of_early(pipe: ClassConditionalPipeline) -> list[Rollout]:
     snapshot = Snapshot()
-    runs = recorded(pipe, FixedScale(3.0), snapshot, keep=("state",), samples=2, inputs=[0, 1],
+    runs = recorded(pipe, DynamicGuidance((), [3.0]), snapshot, keep=("state",), samples=2, inputs=[0, 1],
                     call={"guidance_scale": 2.0, "num_inference_steps": 4})  # fmt: skip
     return [Rollout.of(run, snapshot, 3.0) for run, _ in runs]
 
@@ -361,7 +369,7 @@ def test_runs_of_families_of_pipelines_repeat(family: str) -> None:
     pipe = build(family, stock_of(family))
     guided: dict[str, Any] = {"true_cfg_scale": 2.0} if family == "flux" else {"guidance_scale": 2.0}
     recorder, snapshot = Recorder("state"), Snapshot()
-    with attach(pipe, recorder, snapshot, FixedScale(40.0)):  # random networks listen little
+    with attach(pipe, recorder, snapshot, DynamicGuidance((), [40.0])):  # random networks listen little
         run(pipe, 3, **guided)
     rollout = Rollout.of(recorder.trajectories[0], snapshot, 40.0)
     count = len(rollout.timesteps)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flowkit.guidance import identity as identities
 from flowkit.guidance import policy_search
-from flowkit.guidance.policy_search import FixedScale, Option, Rollout, Snapshot
+from flowkit.guidance.dynamic import DynamicGuidance
+from flowkit.guidance.policy_search import Option, Rollout, Snapshot
 from flowkit.guidance.runs import recorded
 from flowkit.hooks.parts import Guidance, State, reported
 from flowkit.pipelines.sampling import Inputs, as_inputs, parameters
@@ -178,7 +179,7 @@ class PolicyGuidance(Guidance):
         rollouts, identity, snapshot = [], None, Snapshot()
         with bar(progress) as display:
             task = display.add_task("full guidance", total=samples)
-            for run, _ in recorded(pipe, FixedScale(scale), snapshot, keep=("state",), **common):
+            for run, _ in recorded(pipe, DynamicGuidance((), [scale]), snapshot, keep=("state",), **common):
                 rollouts.append(Rollout.of(run, snapshot, scale))
                 identity = run.identity
                 display.advance(task, len(run.states[0]))

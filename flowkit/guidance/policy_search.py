@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowkit.hooks import DenoiserCall, Guidance, Part, Trajectory
-from flowkit.hooks.parts import State
+from flowkit.hooks import DenoiserCall, Part, Trajectory
 from flowkit.schedulers.base import TableScheduler
 
 Option = str | float  # "cond", "uncond", or a guidance scale
@@ -21,33 +20,13 @@ Option = str | float  # "cond", "uncond", or a guidance scale
 _LEARNING_RATE = 0.1
 _COLDEST = 0.05  # temperature of the last update
 ROUNDS = 6  # descents of a search for a number of rows
-_REPEATS = (
-    1e-3  # of the squared distance between no and full guidance: rounding in half precision, far from other noise
-)
+# Of the squared distance between no and full guidance: rounding in half precision, far from other noise.
+_REPEATS = 1e-3
 
 
 def rows(options: Sequence[Option]) -> int:
     """Returns the network rows that a sample costs: two for a guidance scale, one otherwise."""
     return sum(1 if isinstance(option, str) else 2 for option in options)
-
-
-class FixedScale(Guidance):
-    """Full guidance with one scale, whatever the pipeline's own.
-
-    Args:
-        scale: w of ``u + w (c - u)``.
-    """
-
-    combines = True
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def combine(
-        self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: State
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Returns ``u + w (c - u)``."""
-        return (cond if uncond is None else uncond + self.scale * (cond - uncond)), dict(state)
 
 
 class Snapshot(Part):
