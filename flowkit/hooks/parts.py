@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -178,7 +179,7 @@ class Part:
         return None
 
 
-class Guidance(Part):
+class Guidance(Part, ABC):
     """A guidance method: two pure functions.
 
     ``w`` is diffusers' guidance scale, ``D = u + w (c - u)`` of the conditional output c and the unconditional u; w = 1 is c.
@@ -225,6 +226,7 @@ class Guidance(Part):
         """
         return "both"
 
+    @abstractmethod
     def combine(
         self, cond: Tensor, uncond: Tensor | None, step: int, sigma: float, state: State
     ) -> tuple[Any, dict[str, Any]]:
@@ -241,4 +243,3 @@ class Guidance(Part):
         Returns:
             The result, (c', u') of a selecting method and D of a combining one, and the next state.
         """
-        raise NotImplementedError
