@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -16,6 +15,8 @@ import torch
 from flowkit import RectifiedFlowScheduler, paths, solvers, table
 from flowkit.schedulers import stock
 
+from .scripts import script_module
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
 CLASSES = (ROOT / "docs" / "schedulers.md").read_text(encoding="utf-8")
@@ -24,14 +25,7 @@ CLASSES = (ROOT / "docs" / "schedulers.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
     """The module benchmarks/samplers.py, which finds its own neighbours as when it is run."""
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location("samplers", folder / "samplers.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        spec.loader.exec_module(module)
+    with script_module(ROOT / "benchmarks" / "samplers.py") as module:
         yield module
     sys.modules.pop("sampler_tables")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -17,20 +16,15 @@ import torch
 from flowkit import ClassConditionalPipeline
 from flowkit.eval import FeatureStats
 
+from .scripts import script_module
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
     """The module examples/train_shapes24.py, which finds its own neighbours as when it is run."""
-    folder = ROOT / "examples"
-    spec = importlib.util.spec_from_file_location("train_shapes24", folder / "train_shapes24.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        spec.loader.exec_module(module)
+    with script_module(ROOT / "examples" / "train_shapes24.py") as module:
         yield module
     sys.modules.pop("build_assets")
 
