@@ -237,9 +237,8 @@ def _settings(job: Job) -> dict[str, Any]:
     images = {name: source.describe() for name, source in job.references.items()}
     samples = job.source.describe()
     if "pipeline" in samples:
-        samples["pipeline"]["device"] = samples["pipeline"]["device"].partition(":")[
-            0
-        ]  # processes differ in its number
+        # Processes differ in its number.
+        samples["pipeline"]["device"] = samples["pipeline"]["device"].partition(":")[0]
     return {
         "samples": samples,
         "extractors": {r.name: dict(r.match.extractor.identity) for r in job.requests},
