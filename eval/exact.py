@@ -183,6 +183,7 @@ class ExactStats:
         The tensors may be added over processes (an all-reduce of int64), the counts likewise.
         """
         self._flush()
+        self._rows = self._rows.new_empty(0, self.dim)  # writing the state takes memory enough
         metadata = {"format": _FORMAT, "count": json.dumps(self.count), "bound": json.dumps(self.bound)}
         if self.identity is not None:
             metadata["identity"] = json.dumps(dict(self.identity), sort_keys=True)
