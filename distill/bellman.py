@@ -1,141 +1,46 @@
-"""Step optimisation by dynamic programming: Bellman optimal step sizes (BOSS; Nguyen et al. 2024, arXiv 2312.16414).
+"""Step optimisation over the anchors of fine trajectories (BOSS; Nguyen et al. 2024, arXiv 2312.16414), by two objectives.
 
-The pipeline runs once with many fine steps, the anchors s_0 > ... > s_A. A coarse step of the solver from anchor j to anchor k,
-begun on the fine trajectory, misses it by
+"local" is the paper's: the grid of K steps with the least summed cost, each step's own error (`flowkit.distill.costs`), is a
+shortest path over the anchors (`flowkit.distill.shortest`). It says nothing of how errors spread, so it can lose to even steps.
 
-    c[j, k] = E || step(x_j, M_j; s_j -> s_k) - x_k ||^2        (section 3.1 of the paper; sum over elements, j < k)
-
-in the path's own coordinates, for the very row of the table that the solver will execute. The grid of K steps with the least
-summed cost is a shortest path with K edges from anchor 0 to anchor A:
-
-    W_1(j) = c[j, A],        W_K(j) = min_{l > j}  c[j, l] + W_{K-1}(l).
-
-One pass gives every K. The cost is each step's own error, not that of the final sample, to which earlier errors spread.
+"final" is the mean squared error of the solver that will run, multistep and all, to the fine solution: coordinate descent over
+the anchors (`flowkit.distill.descent`), begun from the local path, from even steps and from Karras spacing, every grid on the same
+noise. Every trial is a real run of the pipeline.
 """
 
 from __future__ import annotations
 
-import math
-import operator
+import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from rich.progress import Progress
 
-from flowkit import rng, table
-from flowkit.distill.record import recording
-from flowkit.grids import Grid
-from flowkit.pipelines.sampling import Inputs, sample_images
+from flowkit.distill.costs import Costs
+from flowkit.distill.descent import Descent
+from flowkit.distill.fine import Fine, Runs, coarse, fine_solution, rmse
+from flowkit.distill.shortest import Nodes, check_nodes, check_steps, nearest_path, shortest_paths, uniform_path
+from flowkit.eval import runs as folders
+from flowkit.eval.intervals import paired
+from flowkit.eval.provenance import describe
+from flowkit.eval.sources import PipelineSource
+from flowkit.grids import Grid, named
+from flowkit.pipelines.sampling import Inputs
 from flowkit.progress import bar
-from flowkit.schedulers import RectifiedFlowScheduler, clipping
-from flowkit.schedulers.plans import Plan
 
-METHODS, OBJECTIVES = ("bellman",), ("local",)
-_GROUPS = 20
-# Index of the run's own seed: beyond every sample's, so that no search shares noise with an evaluation under the same seed.
-_SEARCH = 2**63
-
-
-class Costs:
-    """Costs of all steps between two anchors, in float64, over any number of trajectories.
-
-    Trajectories are dealt into at most `_GROUPS` groups whose sums are kept, so that memory is bounded and the sum of any edges
-    still has its standard error, however they are correlated.
-
-    Args:
-        plan: the run on the anchors: path, prediction type, levels, times and a first-order solver.
-        samples: number of trajectories that will be added, >= 2.
-    """
-
-    def __init__(self, plan: Plan, samples: int) -> None:
-        self.plan = plan
-        levels = [plan.path.at_level(v) for v in plan.levels]
-        self.rows = [
-            [table.build(plan.method, plan.path, plan.prediction, [s, t], times=[time])[0] for t in levels[j + 1 :]]
-            for j, (s, time) in enumerate(zip(levels, plan.times, strict=False))
-        ]
-        groups = min(samples, _GROUPS)
-        self.sums = torch.zeros(groups, len(levels), len(levels), dtype=torch.float64)
-        self.counts = torch.zeros(groups, dtype=torch.float64)
-
-    def add(self, states: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Adds a batch of trajectories: A + 1 states and A network outputs, each (B, ...)."""
-        group = (torch.arange(len(states[0])) + int(self.counts.sum())) % len(self.counts)
-        self.sums.index_add_(0, group, self.each(states, outputs))
-        self.counts.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
-
-    def each(self, states: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """Returns the costs of each trajectory, (B, A + 1, A + 1), zero on and below the diagonal."""
-        plan, wide = self.plan, [x.double() for x in states]
-        costs = torch.zeros(len(wide[0]), len(wide), len(wide), dtype=torch.float64)
-        for j, (rows, raw) in enumerate(zip(self.rows, outputs, strict=True)):
-            x, raw = wide[j], raw.double()
-            if plan.limit:
-                x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, rows[0].s, x, raw, keep_eps=True)
-            for k, row in enumerate(rows, j + 1):
-                costs[:, j, k] = (table.step(row, x, raw)[0] - wide[k]).flatten(1).square().sum(1)
-        return costs
-
-    def mean(self) -> Tensor:
-        """Returns the cost matrix, (A + 1, A + 1); but for rounding, a step to the next anchor costs nothing."""
-        return self.sums.sum(0) / self.counts.sum()
-
-    def total(self, path: Sequence[int]) -> tuple[float, float]:
-        """Returns the summed cost of a path of anchors, and its standard error."""
-        edges = self.sums[:, path[:-1], path[1:]].sum(1)
-        error = (edges / self.counts).std() / math.sqrt(len(edges))
-        return float(edges.sum() / self.counts.sum()), float(error)
-
-
-def shortest_paths(costs: Tensor | NDArray[np.float64], steps: Iterable[int]) -> dict[int, tuple[int, ...]]:
-    """Finds the cheapest path of each number of edges from the first node to the last, all from one pass.
-
-    Among equally cheap paths the most even one wins, that of least ``sum (edge length)^2``; among those the first in
-    lexicographic order.
-
-    Args:
-        costs: edge costs, (n + 1, n + 1), finite above the diagonal; the rest is not read.
-        steps: numbers of edges K, each in [1, n].
-
-    Returns:
-        K -> K + 1 strictly increasing nodes, from 0 to n.
-
-    Raises:
-        ValueError: for a K out of range, a matrix that is not square, or costs that are not finite.
-    """
-    matrix = np.asarray(costs, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise ValueError(f"edge costs must be a square matrix of two nodes or more, got shape {matrix.shape}")
-    last = len(matrix) - 1
-    nodes = np.arange(last + 1)
-    forward = nodes[:, None] < nodes
-    if not np.isfinite(matrix[forward]).all():
-        raise ValueError("edge costs hold NaN or infinity; look for it in the states that they were measured on")
-    wanted = _steps(steps, last)
-    matrix = np.where(forward, matrix, np.inf)
-    squares = np.where(forward, (nodes - nodes[:, None]) ** 2.0, np.inf)
-    value, spread, best = matrix[:, last], squares[:, last], [np.full(last + 1, last)]
-    for _ in range(max(wanted) - 1):
-        values, spreads = matrix + value, squares + spread
-        value = values.min(1)
-        spreads[values > value[:, None]] = np.inf
-        best.append(spreads.argmin(1))
-        spread = spreads.min(1)
-    paths = {}
-    for count in wanted:
-        path = [0]
-        for left in range(count, 0, -1):
-            path.append(int(best[left - 1][path[-1]]))
-        paths[count] = tuple(path)
-    return paths
-
-
-def uniform_path(anchors: int, steps: int) -> tuple[int, ...]:
-    """Returns the path of evenly spaced anchors, ``round(i A / K)``."""
-    return tuple(round(i * anchors / steps) for i in range(steps + 1))
+METHODS, OBJECTIVES = ("bellman",), ("final", "local")
+_STARTS = 3  # local, uniform, Karras
+COSTS, ERRORS = "costs.safetensors", "errors.json"
+SEARCH = folders.Kind(
+    "a search of steps",
+    "steps.json",
+    "flowkit.steps/1",
+    re.compile(r"\.(steps|costs|errors|fine-\d+-\d+|grid-\d+)\.(json|safetensors)\.\w+"),
+)
 
 
 def optimize_steps(
@@ -143,92 +48,171 @@ def optimize_steps(
     steps: Iterable[int],
     *,
     method: str = "bellman",
-    objective: str = "local",
+    objective: str = "final",
     inputs: Inputs = None,
     call: Mapping[str, Any] | None = None,
+    solver: str | None = None,
     anchors: int = 100,
     samples: int = 100,
+    held_out: int | None = None,
+    budget: int = 1000,
+    forbidden: Iterable[int] = (),
+    forced: Iterable[int] = (),
     seed: int = 0,
     batch_size: int = 64,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = True,
     progress: bool = True,
 ) -> dict[int, Grid]:
-    """Finds the best levels for a few Euler (DDIM) steps of a pipeline, without training.
+    """Finds the best levels for a few steps of a pipeline, without training.
 
-    The pipeline runs on fine, evenly spaced steps (in model time; Karras spacing on VE and EDM), guidance and all, with a
-    scheduler of ours in place of its own. The noise is not that of `flowkit.eval.evaluate` under the same seed.
+    The pipeline runs on fine steps (even in model time; Karras spacing on VE and EDM), guidance and all, with a scheduler of ours
+    in place of its own; where its samples end is the fine solution. The noise is not that of `flowkit.eval.evaluate` under the same
+    seed.
 
     Args:
-        pipe: any diffusers pipeline that returns images, on any path; it is left as it was.
-        steps: numbers of steps K wanted, each from 1 to ``anchors``; all come from one run.
+        pipe: any diffusers pipeline, on any path; it is left as it was.
+        steps: numbers of steps K wanted, each from 1 to ``anchors``; all come from one fine run.
         method: "bellman".
-        objective: "local", the paper's: the summed squared error of each step by itself.
+        objective: "final", the error of the last sample to the fine solution; or "local", the paper's summed squared error of each
+            step by itself, without further runs. For solvers that look back or call the network within a step, "local" takes each
+            step for one of first order (see `flowkit.distill.costs.StepErrors`).
         inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples, such as ``dict(guidance_scale=5.0)``.
+        solver: what will run on the grid, a deterministic one of `flowkit.solvers.SOLVERS`. None means that of the pipeline's
+            scheduler if it is ours, and Euler if not.
         anchors: fine steps A, among whose A + 1 levels a grid chooses.
-        samples: number of trajectories, >= 2.
+        samples: number of trajectories, >= 2: the search noise.
+        held_out: number of further samples, none of the search's, on which the error and what is gained over even steps are
+            measured; 0 for none. None means as many as ``samples`` for "final", none for "local".
+        budget: network evaluations of each sample that "final" may spend on each number of steps, guidance not counted.
+        forbidden: inner anchors that no grid may visit.
+        forced: inner anchors that every grid must visit.
         seed: of the noise.
         batch_size: samples at a time; memory holds ``2 A + 1`` states of each.
-        progress: show a bar with the time left.
+        output: folder of the search: the fine run in blocks, the cost matrix, every measured error and the grids. A search that was
+            killed goes on there and ends the same; another number of steps, objective or budget needs no other fine run. None keeps
+            nothing.
+        resume: go on with the search in ``output``; False refuses a folder that holds one.
+        progress: show bars with the time left.
 
     Returns:
-        K -> grid. ``about`` holds the predicted cost and that of the uniform grid, each with its standard error, and the settings.
+        K -> grid, made for the solver. ``about`` holds the summed cost and that of the uniform grid, each with its standard error;
+        how often resampled trajectories choose the same local path; for "final" the error on the search noise beside that of the
+        uniform grid, which is not smaller; on held-out noise the root mean squared error per element, and the gain over the uniform
+        grid with its paired standard error; and the settings.
 
     Raises:
+        OSError: for a folder that cannot be written.
         TypeError: for arguments that the pipeline does not take.
-        ValueError: for a bad number, an unknown method or objective, a scheduler that has no path of ours, or a pipeline that
-            does not simply take ``anchors`` steps.
+        ValueError: for a bad number, an unknown method or objective, a solver that draws noise, a scheduler that has no path of
+            ours, a pipeline that does not simply take ``anchors`` steps, or a folder with a search of other settings.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r} of {method}; choose {', '.join(OBJECTIVES)}")
-    if anchors < 1 or samples < 2:
-        raise ValueError(f"got anchors={anchors}, samples={samples}; at least 1 and 2 are needed, 100 of both is usual")
-    wanted = _steps(steps, anchors)
-    call = dict(call or {})
-    if given := {"num_inference_steps", "timesteps", "sigmas"} & call.keys():
-        raise TypeError(
-            f"{', '.join(sorted(given))} cannot be in call: the search takes its own steps; pass anchors={anchors}"
-        )
-    scheduler = RectifiedFlowScheduler.from_config(getattr(pipe, "scheduler", None), solver="euler", grid="karras")
-    fine = _anchor_grid(scheduler, anchors)
-    scheduler.set_grid(fine)
-    costs = Costs(scheduler.plan(anchors, None, None, None), samples)
-    call["num_inference_steps"] = anchors
-    batches = sample_images(
-        pipe, samples, seed=rng.sample_seed(seed, _SEARCH), inputs=inputs, call=call, batch_size=batch_size
-    )
+    held_out = (samples if objective == "final" else 0) if held_out is None else held_out
+    if anchors < 1 or samples < 2 or held_out < 0 or held_out == 1:
+        raise ValueError(f"got anchors={anchors}, samples={samples}, held_out={held_out}; at least 1, 2 and 2 are needed (or "
+                         "held_out=0), 100 of each is usual")  # fmt: skip
+    wanted = check_steps(steps, anchors)
+    without, through = check_nodes(wanted, anchors, forbidden, forced)
+    runs = Runs(pipe, solver, inputs=inputs, call=call, seed=seed, batch_size=batch_size)
+    anchor_grid = runs.anchors(anchors)
+    trials = {k: budget // runs.evaluations(coarse(anchor_grid, uniform_path(anchors, k))) for k in wanted}
+    if objective == "final" and (short := [k for k in wanted if trials[k] < _STARTS]):
+        raise ValueError(f"budget={budget} is enough for {trials[short[0]]} runs of {short[0]} steps, and the search begins with "
+                         f"{_STARTS}; give it some 100 times the steps")  # fmt: skip
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        folders.open_run(folder, _settings(runs, anchors, samples), resume, SEARCH)
+    shared = {"method": method, "objective": objective, "prediction_type": runs.prediction, "anchors": anchors}
+    shared |= {"samples": samples, "seed": seed, "call": describe(runs.call)}
     with bar(progress) as display:
-        task = display.add_task("fine steps", total=samples * anchors)
-        with recording(pipe, scheduler, lambda rows: display.advance(task, rows)) as take:
-            for _ in batches:
-                run = take()
-                if len(run.outputs) != anchors:
-                    raise ValueError(f"{type(pipe).__name__} took {len(run.outputs)} of {anchors} steps; call it so that it "
-                                     "starts from pure noise (strength=1)")  # fmt: skip
-                costs.add(run.states, run.outputs)
-    shared = {"method": method, "objective": objective, "anchors": anchors, "samples": samples, "seed": seed}
-    grids = {}
-    for count, path in shortest_paths(costs.mean(), wanted).items():
-        about: dict[str, Any] = {**shared, "indices": list(path)}
-        about["cost"], about["cost_se"] = costs.total(path)
-        about["uniform_cost"], about["uniform_cost_se"] = costs.total(uniform_path(anchors, count))
-        grids[count] = Grid(tuple(fine.sigmas[i] for i in path), fine.path, "euler", about=about)
+        costs = Costs(anchor_grid, samples, {**shared, "objective": "local"})
+        fine = fine_solution(runs, anchor_grid, range(samples), folder, display, costs)
+        if folder is not None:
+            costs.save(folder / COSTS)
+        if held_out:
+            others = fine_solution(runs, anchor_grid, range(samples, samples + held_out), folder, display)
+        local = shortest_paths(costs.mean(), wanted, forbidden=without, forced=through)
+        stability = costs.stability(local, seed=seed, forbidden=without, forced=through)
+        grids = {}
+        for k, path in local.items():
+            uniform, about = uniform_path(anchors, k), dict(shared)
+            about |= {"local_indices": list(path), "path_stability": stability[k][0], "edge_stability": stability[k][1]}
+            if objective == "final":
+                path, found = _final(runs, anchor_grid, fine, path, trials[k], without, through, folder, display)
+                about |= {"budget": budget, "trials": len(found), "search_rmse": found[path] ** 0.5}
+                if uniform in found:
+                    about["uniform_search_rmse"] = found[uniform] ** 0.5
+            about["indices"] = list(path)
+            about["cost"], about["cost_se"] = costs.total(path)
+            about["uniform_cost"], about["uniform_cost_se"] = costs.total(uniform)
+            if held_out:
+                pair = coarse(anchor_grid, path), coarse(anchor_grid, uniform)
+                about |= _measured(runs, *pair, others, display)
+            grids[k] = replace(coarse(anchor_grid, path), about=about)
+            if folder is not None:
+                grids[k].save(folder / f"grid-{k}.json")
     return grids
 
 
-def _steps(steps: Iterable[int], anchors: int) -> list[int]:
-    """The numbers of steps, checked."""
-    given = list(steps) if isinstance(steps, Iterable) else []
-    wanted = [operator.index(k) for k in given if hasattr(k, "__index__") and not isinstance(k, bool)]
-    if not wanted or len(wanted) < len(given) or not all(1 <= k <= anchors for k in wanted):
-        raise ValueError(f"steps must be a list of whole numbers from 1 to {anchors} (the anchors), got {given or steps!r:.80}; "
-                         "pass steps=[4, 6, 8]")  # fmt: skip
-    return wanted
+def _final(
+    runs: Runs,
+    anchors: Grid,
+    fine: Fine,
+    local: Nodes,
+    trials: int,
+    without: Sequence[int],
+    through: Sequence[int],
+    folder: Path | None,
+    display: Progress,
+) -> tuple[Nodes, dict[Nodes, float]]:
+    """The path of the least error to the fine solution, and the error of every one that was measured."""
+    count, last, path = len(local) - 1, len(anchors), runs.scheduler.path
+    task = display.add_task(f"trials of {count} steps", total=trials)
+    file = None if folder is None else folder / ERRORS
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+
+    def error(found: Nodes) -> float:
+        name = "-".join(map(str, found))
+        if name not in known:
+            known[name] = float(runs.errors(coarse(anchors, found), fine).mean())
+            if file:
+                folders.write_json(file, known)
+        display.advance(task)
+        return known[name]
+
+    karras = [path.at_level(v) for v in named("karras", count, path).sigmas]
+    others = uniform_path(last, count), nearest_path([path.at_level(v) for v in anchors.sigmas], karras)
+    search = Descent(error, trials, without, through)
+    best = search.best([local, *(p for p in others if set(through) <= set(p) and not set(without) & set(p))])
+    display.update(task, total=len(search.found))
+    return best, search.found
 
 
-def _anchor_grid(scheduler: RectifiedFlowScheduler, anchors: int) -> Grid:
-    path = scheduler.path
-    if path.name in ("ve", "edm"):  # unbounded noise: the scheduler's own limits
-        return Grid(tuple(scheduler.plan(anchors, None, None, None).levels), path.name)
-    return Grid.uniform(anchors, path)
+def _measured(runs: Runs, grid: Grid, uniform: Grid, fine: Fine, display: Progress) -> dict[str, Any]:
+    """Errors on held-out noise, and what is gained over the uniform grid on it."""
+    total = len(fine.samples) * (runs.evaluations(grid) + runs.evaluations(uniform))
+    task = display.add_task(f"held-out noise, {len(grid)} steps", total=total)
+    own, even = (rmse(runs.errors(g, fine, lambda rows: display.advance(task, rows))) for g in (grid, uniform))
+    gain = paired(even, own)
+    return {
+        "held_out": len(fine.samples),
+        "rmse": own.value,
+        "rmse_se": own.se,
+        "uniform_rmse": even.value,
+        "uniform_rmse_se": even.se,
+        "gain": gain.value,
+        "gain_se": gain.se,
+    }
+
+
+def _settings(runs: Runs, anchors: int, samples: int) -> dict[str, Any]:
+    """What the fine run depends on."""
+    source = PipelineSource(runs.pipe, samples, runs.seed, runs.inputs, runs.call, runs.batch_size).describe()
+    del source["pipeline"]["scheduler"]
+    config = {k: v for k, v in describe(dict(runs.scheduler.config)).items() if k != "grid" and not k.startswith("_")}
+    return {"samples": source, "solver": runs.solver, "scheduler": config, "anchors": anchors}

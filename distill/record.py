@@ -1,4 +1,4 @@
-"""Recording runs of a pipeline under a scheduler of ours, guidance done."""
+"""Running a pipeline under a scheduler of ours, guidance done, and recording it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowkit.hooks import Recorder, Trajectory, attach
+from flowkit.hooks import Part, Recorder, Trajectory, attach
 from flowkit.schedulers import RectifiedFlowScheduler
 
 
@@ -25,13 +25,52 @@ class _Counting(Recorder):
         self._on_step(len(sample))
 
 
+class _Last(Part):
+    """Keeps the latest sample, and counts the steps."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self._on_step, self._count = on_step, 0
+        self._sample: Tensor | None = None
+
+    def begin(self, run: Any) -> None:  # noqa: ANN401
+        self._count = 0
+
+    def after_step(self, run: Any, sample: Tensor) -> None:  # noqa: ANN401
+        self._sample = sample if run.step is None else sample[: run.step.size]
+        self._count += 1
+        self._on_step(len(sample))
+
+    def take(self) -> tuple[Tensor, int]:
+        sample, self._sample = self._sample, None
+        assert sample is not None
+        return sample.detach().cpu(), self._count
+
+
+@contextmanager
+def under(pipe: Any, scheduler: RectifiedFlowScheduler, *parts: Part) -> Iterator[None]:  # noqa: ANN401
+    """Puts a scheduler and parts into a pipeline; the pipeline's own is back afterwards, after an error too.
+
+    Args:
+        pipe: any diffusers pipeline that `flowkit.attach` takes.
+        scheduler: the one to run; it is forked, not changed.
+        *parts: to attach.
+    """
+    before = pipe.scheduler
+    pipe.scheduler = scheduler.fork()
+    try:
+        with attach(pipe, *parts):
+            yield
+    finally:
+        pipe.scheduler = before
+
+
 @contextmanager
 def recording(
     pipe: Any,  # noqa: ANN401
     scheduler: RectifiedFlowScheduler,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Callable[[], Trajectory]]:
-    """Puts a scheduler into a pipeline and records it; the pipeline's own is back afterwards, after an error too.
+    """Runs a pipeline under a scheduler, see `under`, and records it.
 
     Args:
         pipe: any diffusers pipeline that `flowkit.attach` takes.
@@ -44,7 +83,7 @@ def recording(
     Raises:
         ValueError: from that function, where the pipeline changed the sample between two steps.
     """
-    before, recorder = pipe.scheduler, _Counting(on_step)
+    recorder = _Counting(on_step)
 
     def take() -> Trajectory:
         (run,) = recorder.take()
@@ -53,9 +92,26 @@ def recording(
                              "trajectory of the solver; leave out what does it (a mask, a callback)")  # fmt: skip
         return run
 
-    pipe.scheduler = scheduler.fork()
-    try:
-        with attach(pipe, recorder):
-            yield take
-    finally:
-        pipe.scheduler = before
+    with under(pipe, scheduler, recorder):
+        yield take
+
+
+@contextmanager
+def ending(
+    pipe: Any,  # noqa: ANN401
+    scheduler: RectifiedFlowScheduler,
+    on_step: Callable[[int], None] = lambda rows: None,
+) -> Iterator[Callable[[], tuple[Tensor, int]]]:
+    """Runs a pipeline under a scheduler, see `under`, and keeps where it ends.
+
+    Args:
+        pipe: any diffusers pipeline that `flowkit.attach` takes.
+        scheduler: the one to run; it is forked, not changed.
+        on_step: called after each step with the number of samples in the batch.
+
+    Yields:
+        A function that returns the last sample, (B, ...) on the CPU, and the number of steps of the latest run.
+    """
+    last = _Last(on_step)
+    with under(pipe, scheduler, last):
+        yield last.take

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,36 @@ from flowkit.eval.spool import FeatureSpool
 from flowkit.eval.statistics import Identity
 
 SETTINGS, RESULT = "run.json", "result.json"
-ADDED = ("extractors", "references")
-_FORMAT = "flowkit.evaluation/1"
-_TORN = re.compile(r"\.(run|result|block-\d+|kept-\d+|features-\d+|chunk-\d+)\.(json|safetensors)\.\w+")
 # A block is at most this many batches, so that little is lost, and a run has at least so many blocks to share.
 _BATCHES, _BLOCKS = 8, 32
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds.
+
+    Attributes:
+        name: with its article, for messages.
+        settings: name of the file of its settings.
+        format: of that file.
+        torn: name of a file that a killed process left half written.
+        added: settings that hold a mapping to which a later run may add.
+    """
+
+    name: str
+    settings: str
+    format: str
+    torn: re.Pattern[str]
+    added: Sequence[str] = ()
+
+
+EVALUATION = Kind(
+    "an evaluation",
+    SETTINGS,
+    "flowkit.evaluation/1",
+    re.compile(r"\.(run|result|block-\d+|kept-\d+|features-\d+|chunk-\d+)\.(json|safetensors)\.\w+"),
+    ("extractors", "references"),
+)
 
 
 class Spools:
@@ -113,45 +139,46 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.=-]", "+", name)
 
 
-def open_run(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, kind: Kind = EVALUATION) -> None:
     """Writes the settings of a run, or finds the same ones there, and removes what a killed process left half written.
 
     Args:
         folder: made if missing.
         settings: values of JSON.
         resume: whether a run that is there may be gone on with.
+        kind: what the folder holds.
 
     Raises:
         ValueError: for a folder of something else, with a run of other settings (the first that differs is named), or with any
             run where it shall not be resumed.
     """
-    settings = json.loads(json.dumps({"format": _FORMAT, **settings}))
-    path = folder / SETTINGS
+    settings = json.loads(json.dumps({"format": kind.format, **settings}))
+    path = folder / kind.settings
     if not path.is_file():
-        if folder.exists() and any(not _TORN.fullmatch(entry.name) for entry in folder.iterdir()):
+        if folder.exists() and any(not kind.torn.fullmatch(entry.name) for entry in folder.iterdir()):
             raise ValueError(
-                f"{folder} is not empty and holds no {SETTINGS}, so it is no folder of an evaluation; choose another"
+                f"{folder} is not empty and holds no {kind.settings}, so it is no folder of {kind.name}; choose another"
             )
         write_json(path, settings)
         return
     if not resume:
         raise ValueError(
-            f"{folder} holds an evaluation already; pass resume=True to go on with it, or choose another folder"
+            f"{folder} holds {kind.name} already; pass resume=True to go on with it, or choose another folder"
         )
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another folder") from error
-    # Extractors and references may be added to a run; those that are in both must be the same.
-    new = {**settings, **{key: {**old.get(key, {}), **settings[key]} for key in ADDED}}
-    if found := first_difference({**old, **{key: {**new[key], **old.get(key, {})} for key in ADDED}}, new):
+    # What may be added to a run must be the same where it is in both.
+    new = {**settings, **{key: {**old.get(key, {}), **settings[key]} for key in kind.added}}
+    if found := first_difference({**old, **{key: {**new[key], **old.get(key, {})} for key in kind.added}}, new):
         place, before, now = found
-        raise ValueError(f"{folder} holds an evaluation with {place} {before!r:.80}, this one has {now!r:.80}; choose another "
+        raise ValueError(f"{folder} holds {kind.name} with {place} {before!r:.80}, this one has {now!r:.80}; choose another "
                          "folder")  # fmt: skip
     if new != old:
         write_json(path, new)
     for torn in folder.rglob(".*"):
-        if _TORN.fullmatch(torn.name):
+        if kind.torn.fullmatch(torn.name):
             torn.unlink()
     shutil.rmtree(folder / "chunks", ignore_errors=True)
 

@@ -299,7 +299,7 @@ class RectifiedFlowScheduler(TableScheduler):
             grid: of this scheduler's path; ``num_inference_steps`` must then equal its length.
 
         Raises:
-            ValueError: for a grid of another path.
+            ValueError: for a grid of another path, or one that was optimised for another prediction type.
         """
         self._check_grid(grid, self.path)
         self._grid = grid
@@ -314,6 +314,10 @@ class RectifiedFlowScheduler(TableScheduler):
             raise ValueError(
                 f"the grid belongs to the path {grid.path!r}, this scheduler walks {path.name!r}; make one for it"
             )
+        made_for, own = grid.about.get("prediction_type"), self.config["prediction_type"]
+        if made_for not in (None, own):
+            raise ValueError(f"the grid was optimised for a network that predicts {made_for!r}, this one predicts {own!r}; search "
+                             "one for it with flowkit.optimize_steps")  # fmt: skip
         if grid.solver and grid.solver != self.method.name:
             warnings.warn(f"the grid was made for solver {grid.solver!r}, this is {self.method.name!r}", stacklevel=3)
 

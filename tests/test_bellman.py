@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
-from flowkit.distill import bellman
-from flowkit.distill.bellman import Costs, shortest_paths, uniform_path
+from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table, weights
+from flowkit.distill.costs import Costs, StepErrors
+from flowkit.distill.fine import SEARCH
 from flowkit.distill.record import recording
+from flowkit.distill.shortest import nearest_path, shortest_paths, uniform_path
 from flowkit.hooks import Trajectory
 from flowkit.pipelines.sampling import sample_images
+from flowkit.schedulers.plans import Plan
 
 # ------------------------------------------------------------------------------------------------- the shortest path
 
@@ -36,17 +39,50 @@ def best_path(costs: NDArray[np.float64], edges: int) -> tuple[float, int, tuple
     return min(found)
 
 
-@pytest.mark.parametrize("nodes", range(4, 10))
+@pytest.mark.parametrize("nodes", range(7, 12))
 @pytest.mark.parametrize("kind", ["random", "tied"])
 def test_every_path_is_the_best_of_all(nodes: int, kind: str) -> None:
     draw = np.random.default_rng(nodes)
-    for _ in range(30):
+    for _ in range(100):  # 500 of each kind in all, every K from 1 to 6 and beyond
         costs = draw.random((nodes, nodes)) if kind == "random" else draw.integers(0, 3, (nodes, nodes)).astype(float)
         costs = np.triu(costs, 1)
         paths = shortest_paths(costs, range(1, nodes))
         assert paths == {k: best_path(costs, k)[2] for k in range(1, nodes)}
         assert paths[1] == (0, nodes - 1)
         assert paths[nodes - 1] == tuple(range(nodes))
+
+
+@pytest.mark.parametrize("nodes", [6, 8])
+def test_forbidden_and_forced_nodes(nodes: int) -> None:
+    draw = np.random.default_rng(nodes)
+    seen = 0
+    for _ in range(50):
+        costs = np.triu(draw.random((nodes, nodes)), 1)
+        forbidden, forced = (draw.permutation(np.arange(1, nodes - 1))[:2].reshape(2, 1)).tolist()
+        rest = [i for i in range(nodes) if i not in forbidden]
+        for count in range(2, nodes - 1):
+            inner = itertools.combinations(rest[1:-1], count - 1)
+            allowed = [(0, *path, nodes - 1) for path in inner if set(forced) <= set(path)]
+            best = min(allowed, key=lambda path: sum(costs[edge] for edge in itertools.pairwise(path)))
+            assert shortest_paths(costs, [count], forbidden=forbidden, forced=forced)[count] == best
+            seen += shortest_paths(costs, [count])[count] != best
+        for wrong in (1, nodes - 1):
+            with pytest.raises(ValueError, match=f"{wrong} steps cannot visit 1 forced anchors and avoid 1 forbidden"):
+                shortest_paths(costs, [wrong], forbidden=forbidden, forced=forced)
+    assert seen > 50
+    for name, value, message in (("forced", [0], "anchor 0"), ("forbidden", [nodes - 1], f"anchor {nodes - 1}")):
+        with pytest.raises(ValueError, match=message):
+            shortest_paths(costs, [2], **{name: value})
+    with pytest.raises(ValueError, match="anchor 2 is forbidden and forced"):
+        shortest_paths(costs, [2], forbidden=[2], forced=[2])
+
+
+def test_the_nearest_anchors_of_another_grid() -> None:
+    fine = np.linspace(1, 0, 11).tolist()
+    assert nearest_path(fine, [1.0, 0.71, 0.32, 0.0]) == (0, 3, 7, 10)
+    assert nearest_path(fine, [0.9, 0.02, 0.01, 0.005]) == (0, 8, 9, 10)  # moved apart, the ends pinned
+    assert nearest_path(fine, [1.0, 0.99, 0.98, 0.0]) == (0, 1, 2, 10)
+    assert nearest_path(fine, fine) == tuple(range(11))
 
 
 def test_another_matrix_has_another_path() -> None:
@@ -93,8 +129,20 @@ def test_costs_are_checked() -> None:
 # ------------------------------------------------------------------------------------------------- the cost matrix
 
 
-def fine_run(network: MixtureDenoiser, x: Tensor, anchors: int) -> tuple[Costs, Trajectory]:
-    """Empty costs for a network's path, and its fine trajectory from x."""
+class Run:
+    """The fine trajectory of a network from x, the errors of its steps, and costs to be filled."""
+
+    def __init__(self, plan: Plan, trajectory: Trajectory) -> None:
+        self.states, self.outputs, self.errors = trajectory.states, trajectory.outputs, StepErrors(plan)
+        grid = Grid(tuple(plan.levels), plan.path.name)
+        self.costs = Costs(grid, max(2, len(self.states[0])))
+
+    def filled(self) -> Costs:
+        self.costs.add(self.errors(self.states, self.outputs))
+        return self.costs
+
+
+def fine_run(network: MixtureDenoiser, x: Tensor, anchors: int) -> Run:
     scheduler = RectifiedFlowScheduler(
         path=network.path.name, prediction_type=network.prediction, trained_betas=network.config.betas, solver="euler"
     )
@@ -104,14 +152,12 @@ def fine_run(network: MixtureDenoiser, x: Tensor, anchors: int) -> tuple[Costs, 
     for row in plan.rows():
         run.outputs.append(network(run.states[-1], row.time).sample)
         run.states.append(table.step(row, run.states[-1], run.outputs[-1])[0])
-    return Costs(plan, max(2, len(x))), run
+    return Run(plan, run)
 
 
 @functools.cache
 def gaussian(std: float, x: tuple[float, ...] = (1.0, 1.0), anchors: int = 100) -> Costs:
-    costs, run = fine_run(MixtureDenoiser.of(torch.zeros(1, 1), std), torch.tensor(x).double()[:, None], anchors)
-    costs.add(run.states, run.outputs)
-    return costs
+    return fine_run(MixtureDenoiser.of(torch.zeros(1, 1), std), torch.tensor(x).double()[:, None], anchors).filled()
 
 
 # 1-D Gaussian of standard deviation std, 100 anchors, x = 1, computed with another program.
@@ -160,11 +206,13 @@ def test_costs_are_means_over_samples() -> None:
 def test_batches_add_up() -> None:
     network = MixtureDenoiser.of(torch.zeros(1, 1), 0.5)
     x = torch.randn(20, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole, run = fine_run(network, x, 10)
-    whole.add(run.states, run.outputs)
-    parts, _ = fine_run(network, x, 10)
+    run = fine_run(network, x, 10)
+    whole, parts, late = run.filled(), fine_run(network, x, 10).costs, fine_run(network, x, 10).costs
     for part in (slice(0, 5), slice(5, 6), slice(6, 20)):
-        parts.add([s[part] for s in run.states], [o[part] for o in run.outputs])
+        errors = run.errors([s[part] for s in run.states], [o[part] for o in run.outputs])
+        parts.add(errors)
+        late.add(errors, part.start)
+    assert torch.equal(parts.sums, late.sums)
     assert torch.allclose(parts.sums, whole.sums, rtol=1e-12)
     assert torch.equal(parts.counts, whole.counts)
     # A Gaussian's cost is c z^2, so its relative error is that of the mean of 20 squares.
@@ -186,15 +234,53 @@ def test_costs_on_another_path_are_those_of_its_own_steps() -> None:
         Matched(shape=[1], path="vp", betas=betas),
         Matched(shape=[1], path="cosine", prediction_type="v_prediction"),
     ):
-        costs, run = fine_run(network, start, 40)
-        costs.add(run.states, run.outputs)
-        assert costs.sums.max() < 1e-25
+        run = fine_run(network, start, 40)
+        assert run.filled().sums.max() < 1e-25
         middle = (run.states[0] + run.states[40]) / 2
         assert (run.states[20] - middle).abs().max() > 1e-2  # no straight line in x
         options = {"path": network.path.name, "prediction_type": network.prediction}
-        curved, run = fine_run(MixtureDenoiser.of(torch.zeros(1, 1), 0.5, **options), start, 40)
-        curved.add(run.states, run.outputs)
-        assert curved.mean()[0, 40] > 1e-2
+        curved = fine_run(MixtureDenoiser.of(torch.zeros(1, 1), 0.5, **options), start, 40)
+        assert curved.filled().mean()[0, 40] > 1e-2
+
+
+def test_standard_errors_of_the_matrix_cover_it() -> None:
+    # The cost of a Gaussian is c z^2: the mean over many draws lies within the standard errors that few draws give.
+    draws = torch.randn(200, generator=torch.Generator().manual_seed(1)).tolist()
+    costs, truth = gaussian(0.5, tuple(draws), 10), gaussian(0.5, anchors=10).mean()
+    score = ((costs.mean() - truth) / costs.errors())[0, 2:]
+    assert score.abs().max() < 3
+    assert score.std() < 1e-6  # one number decides all edges
+    assert 0.05 < costs.errors()[0, 10] / costs.mean()[0, 10] < 0.2  # sqrt(2 / 200) = .1
+
+
+def test_resampled_trajectories_tell_how_sure_a_path_is() -> None:
+    grid = Grid.uniform(4)
+    sure, torn = Costs(grid, 40), Costs(grid, 40)
+    errors = torch.ones(40, 5, 5, dtype=torch.float64)
+    errors[:, 0, 1] = errors[:, 1, 4] = 0.1
+    sure.add(errors)
+    errors[0::2, 0, 1], errors[1::2, 0, 2], errors[:, 2, 4] = 0.0, 0.01, 0.1
+    errors[1::2, 0, 1] = errors[0::2, 0, 2] = 2.0
+    torn.add(errors)
+    assert sure.stability({2: (0, 1, 4)}) == {2: (1.0, [1.0, 1.0])}
+    path = shortest_paths(torn.mean(), [2])[2]
+    share, edges = torn.stability({2: path})[2]
+    assert 0.3 < share < 0.8
+    assert edges == [share, share]
+    assert torn.stability({2: path}) == torn.stability({2: path})
+
+
+def test_saved_costs_are_searched_again_without_a_run(tmp_path: Path) -> None:
+    costs = gaussian(0.5)
+    costs.about = {"solver": "euler"}
+    costs.save(tmp_path / "costs.safetensors")
+    loaded = Costs.load(tmp_path / "costs.safetensors")
+    assert torch.equal(loaded.mean(), costs.mean())
+    assert (loaded.grid, loaded.about) == (costs.grid, costs.about)
+    assert loaded.total((0, 43, 66, 83, 100)) == costs.total((0, 43, 66, 83, 100))
+    weights.write(tmp_path / "other.safetensors", {"sums": torch.zeros(1)})
+    with pytest.raises(ValueError, match="holds no costs of steps"):
+        Costs.load(tmp_path / "other.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------- on pipelines
@@ -223,7 +309,7 @@ def last_states(pipe: Any, levels: Sequence[float], count: int, inputs: Any) -> 
     scheduler.set_grid(Grid(tuple(levels), scheduler.path.name))
     call = {"num_inference_steps": len(levels) - 1}
     with recording(pipe, scheduler) as take:
-        list(sample_images(pipe, count, seed=rng.sample_seed(0, 2**63), inputs=inputs, call=call))
+        list(sample_images(pipe, count, seed=rng.sample_seed(0, SEARCH), inputs=inputs, call=call))
     return take().states[-1]
 
 
@@ -232,7 +318,8 @@ def test_the_cost_of_one_step_is_its_error(name: str) -> None:
     pipe: Any = load_demo() if name == "digits" else ddpm("clipped" in name)
     inputs = [3, 7, 0] if name == "digits" else None
     before = pipe.scheduler
-    grids = optimize_steps(pipe, [1, 3, 12], inputs=inputs, anchors=12, samples=5, batch_size=3, progress=False)
+    how: dict[str, Any] = {"objective": "local", "solver": "euler", "batch_size": 3, "progress": False}
+    grids = optimize_steps(pipe, [1, 3, 12], inputs=inputs, anchors=12, samples=5, **how)
     assert pipe.scheduler is before
     assert list(grids) == [1, 3, 12]
     for count, grid in grids.items():
@@ -254,7 +341,7 @@ def test_a_search_does_not_see_the_noise_of_an_evaluation() -> None:
     seen = []
     scheduler = RectifiedFlowScheduler(solver="euler")
     with recording(pipe, scheduler) as take:
-        for seed in (0, rng.sample_seed(0, bellman._SEARCH)):
+        for seed in (0, rng.sample_seed(0, SEARCH)):
             list(sample_images(pipe, 2, seed=seed, inputs=[1], call={"num_inference_steps": 1}))
             seen.append(take().states[0])
     assert not torch.isclose(seen[0], seen[1]).any()
@@ -262,7 +349,7 @@ def test_a_search_does_not_see_the_noise_of_an_evaluation() -> None:
 
 def test_a_grid_runs_in_the_pipeline_that_it_was_made_for() -> None:
     pipe = ddpm()
-    grid = optimize_steps(pipe, [3], anchors=6, samples=2, progress=False)[3]
+    grid = optimize_steps(pipe, [3], objective="local", anchors=6, samples=2, progress=False)[3]
     pipe.scheduler = RectifiedFlowScheduler.from_config(pipe.scheduler.config, solver="euler")
     pipe.scheduler.set_grid(grid)
     pipe.set_progress_bar_config(disable=True)
@@ -302,7 +389,13 @@ def test_a_sample_that_is_changed_between_steps_is_noticed() -> None:
         ({"steps": [101]}, "from 1 to 100"),
         ({"steps": []}, "steps must be a list"),
         ({"method": "evolve"}, "unknown method 'evolve'; choose bellman"),
-        ({"objective": "final"}, "unknown objective 'final' of bellman; choose local"),
+        ({"objective": "fid"}, "unknown objective 'fid' of bellman; choose final, local"),
+        ({"held_out": 1}, "held_out=1"),
+        ({"budget": 5}, "budget=5 is enough for 2 runs of 2 steps"),
+        ({"solver": "sde-dpm++2m"}, "'sde-dpm\\+\\+2m' draws noise"),
+        ({"call": {"eta": 1.0}}, "takes no eta"),
+        ({"forbidden": [100]}, "forbidden holds anchor 100"),
+        ({"forced": [3, 7]}, "2 steps cannot visit 2 forced anchors"),
         ({"anchors": 0}, "anchors=0"),
         ({"samples": 1}, "samples=1"),
         ({"batch_size": 0}, "batch_size=0"),

@@ -72,7 +72,7 @@ def run(data: str, output: Path, fast: bool = False, samples: int = 2000, seed: 
     console.print(f"[bold]flowkit demo[/bold] on the embedded {data}, {samples} images a row; results go to {output}")
     console.print(f"1. Optimising {STEPS} steps (Bellman) on 100 fine trajectories")
     teacher = with_scheduler(data, RectifiedFlowScheduler(solver="euler"))
-    grid = distill.optimize_steps(teacher, steps=[STEPS], inputs=labels, seed=seed)[STEPS]
+    grid = distill.optimize_steps(teacher, steps=[STEPS], inputs=labels, objective="local", seed=seed)[STEPS]
     grid.save(output / "four-steps.json")
     console.print("2. Distilling a one-step student (reflow)")
     pairs, updates = FAST if fast else STUDENT

@@ -1,0 +1,264 @@
+"""Runs of a pipeline on fine and on coarse grids from the same noise, and how far a coarse one ends from the fine one.
+
+Noise is named by sample indices. A search looks at some, its *search noise*; what it gains is measured on others, *held-out
+noise*, since the best of many grids looks better than it is on the noise that chose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from flowkit import rng, weights
+from flowkit.distill.costs import Costs, StepErrors
+from flowkit.distill.record import ending, recording
+from flowkit.eval.intervals import Figure, jackknife
+from flowkit.grids import Grid
+from flowkit.pipelines.sampling import Inputs, as_inputs, blocks, check_arguments, parameters, sample_outputs
+from flowkit.progress import bar
+from flowkit.schedulers import RectifiedFlowScheduler
+
+# Index of the run's own seed: beyond every sample's, so that no search shares noise with an evaluation under the same seed.
+SEARCH = 2**63
+_OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Fine:
+    """Where samples end on the fine grid.
+
+    Attributes:
+        samples: their indices: the noise.
+        ends: their last states, (len(samples), ...).
+    """
+
+    samples: range
+    ends: Tensor
+
+
+class Runs:
+    """Runs of one pipeline under one deterministic solver, each sample from the same noise on every grid.
+
+    Args:
+        pipe: any diffusers pipeline that `flowkit.attach` takes; between runs it is left as it was.
+        solver: one of `flowkit.solvers.SOLVERS`; None means that of the pipeline's scheduler if it is ours, and Euler if not.
+        inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
+        call: arguments shared by all samples.
+        seed: of the noise; it is not that of `flowkit.eval.evaluate` under the same seed.
+        batch_size: samples at a time.
+
+    Raises:
+        TypeError: for arguments that the pipeline does not take, and steps or levels in ``call``.
+        ValueError: for a scheduler that has no path of ours, or a solver that draws noise.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,  # noqa: ANN401
+        solver: str | None = None,
+        *,
+        inputs: Inputs = None,
+        call: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        self.pipe, self.inputs, self.call, self.seed, self.batch_size = pipe, inputs, dict(call or {}), seed, batch_size
+        if given := {"num_inference_steps", "timesteps", "sigmas"} & self.call.keys():
+            raise TypeError(
+                f"{', '.join(sorted(given))} cannot be in call: the steps are what is searched for; leave it out"
+            )
+        check_arguments(pipe, as_inputs(pipe, inputs)(0), {**self.call, "num_inference_steps": 1})
+        blocks(pipe, 1, inputs=inputs, batch_size=batch_size)  # refuses a bad batch size
+        stock = getattr(pipe, "scheduler", None)
+        ours = isinstance(stock, RectifiedFlowScheduler)
+        chosen = {"solver": solver} if solver else {} if ours else {"solver": "euler"}
+        self.scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(stock, grid="karras", **chosen)
+        plan = self.scheduler.plan(2, None, None, None)
+        if self.call.get("eta") or any(row.c for row in plan.rows()):
+            name = plan.method.name
+            raise ValueError(f"solver {name!r} draws noise at every step (eta or churn included), so there is no one fine solution "
+                             "to come near to; pass solver='euler' or another deterministic one, and no eta")  # fmt: skip
+        if len(plan.times) != 2:
+            raise ValueError(f"solver {plan.method.name!r} takes a step twice, so its steps are no path over anchors; pass "
+                             "solver='ab4'")  # fmt: skip
+
+    @property
+    def solver(self) -> str:
+        """Name of the solver."""
+        return self.scheduler.method.name
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, as the scheduler's configuration says."""
+        return str(self.scheduler.config["prediction_type"])
+
+    def anchors(self, count: int) -> Grid:
+        """Returns the fine grid of so many steps: even in model time, or Karras spacing on VE and EDM, whose noise is unbounded."""
+        path = self.scheduler.path
+        if path.name in ("ve", "edm"):  # the scheduler's own limits
+            self.scheduler.set_grid(None)
+            return Grid(tuple(self.scheduler.plan(count, None, None, None).levels), path.name, self.solver)
+        return replace(Grid.uniform(count, path), solver=self.solver)
+
+    def evaluations(self, grid: Grid) -> int:
+        """Returns the network evaluations of one sample on a grid, guidance not counted."""
+        self._use(grid)
+        return len(self.scheduler.plan(len(grid), None, None, None).rows())
+
+    def trajectories(
+        self, grid: Grid, samples: range, on_step: _OnStep = lambda rows: None
+    ) -> Iterator[tuple[range, list[Tensor], list[Tensor]]]:
+        """Runs samples on a grid, batch by batch.
+
+        Args:
+            grid: of N steps.
+            samples: their indices.
+            on_step: called after each network evaluation with the number of samples in the batch.
+
+        Yields:
+            The indices of a batch, its states at the N + 1 levels, and the network's outputs at the first N.
+
+        Raises:
+            ValueError: for a pipeline that does not simply take N steps, or that changes the sample between them.
+        """
+        self._use(grid)
+        rows = self.scheduler.plan(len(grid), None, None, None).rows()
+        first = [i for i, row in enumerate(rows) if not i or row.step != rows[i - 1].step]
+        with recording(self.pipe, self.scheduler, on_step) as take:
+            for block in self._draw(grid, samples):
+                run = take()
+                self._check(len(run.outputs), len(rows))
+                yield block, [run.states[i] for i in (*first, -1)], [run.outputs[i] for i in first]
+
+    def ends(self, grid: Grid, samples: range, on_step: _OnStep = lambda rows: None) -> Iterator[tuple[range, Tensor]]:
+        """Runs samples on a grid; arguments and errors as in `trajectories`.
+
+        Yields:
+            The indices of a batch, and its last states, (B, ...) on the CPU.
+        """
+        rows = self.evaluations(grid)
+        with ending(self.pipe, self.scheduler, on_step) as take:
+            for block in self._draw(grid, samples):
+                states, count = take()
+                self._check(count, rows)
+                yield block, states
+
+    def errors(self, grid: Grid, fine: Fine, on_step: _OnStep = lambda rows: None) -> Tensor:
+        """Returns how far each sample ends from the fine solution, squared and meant over its elements.
+
+        Args:
+            grid: of a few steps, on the pipeline's path.
+            fine: the fine solution; its samples are run.
+            on_step: as in `trajectories`.
+
+        Returns:
+            float64 (len(fine.samples),).
+
+        Raises:
+            ValueError: for a grid of another path or prediction type, or results that are not finite.
+        """
+        found = []
+        for block, states in self.ends(grid, fine.samples, on_step):
+            wanted = fine.ends[block.start - fine.samples.start : block.stop - fine.samples.start]
+            found.append((states.double() - wanted.double()).flatten(1).square().mean(1))
+        errors = torch.cat(found)
+        if not bool(errors.isfinite().all()):
+            raise ValueError(f"{int((~errors.isfinite()).sum())} of {len(errors)} samples end in NaN or infinity on the levels "
+                             f"{list(grid.sigmas)!r:.120}; try float32, or another solver")  # fmt: skip
+        return errors
+
+    def blocks(self, samples: range) -> list[range]:
+        """Returns the batches that samples are drawn in."""
+        return blocks(self.pipe, len(samples), inputs=self.inputs, batch_size=self.batch_size, start=samples.start)
+
+    def _use(self, grid: Grid) -> None:
+        self.scheduler.set_grid(grid)
+
+    def _draw(self, grid: Grid, samples: range) -> Iterator[range]:
+        """Calls the pipeline for one batch after the other; images are not decoded where that costs another network."""
+        call = {**self.call, "num_inference_steps": len(grid)}
+        if "output_type" in parameters(self.pipe) and getattr(self.pipe, "vae", None) is not None:
+            call.setdefault("output_type", "latent")
+        own = rng.sample_seed(self.seed, SEARCH)
+        for block, _ in sample_outputs(self.pipe, self.blocks(samples), seed=own, inputs=self.inputs, call=call):
+            yield block
+
+    def _check(self, taken: int, wanted: int) -> None:
+        if taken != wanted:
+            raise ValueError(f"{type(self.pipe).__name__} took {taken} of {wanted} steps; call it so that it starts from pure "
+                             "noise (strength=1)")  # fmt: skip
+
+
+def fine_solution(
+    runs: Runs,
+    grid: Grid,
+    samples: range,
+    folder: Path | None = None,
+    display: Progress | None = None,
+    costs: Costs | None = None,
+) -> Fine:
+    """Runs samples on the fine grid, or reads what an earlier call left of them.
+
+    Args:
+        runs: of the pipeline.
+        grid: the fine one.
+        samples: their indices.
+        folder: where each batch is kept, whole or not at all; None keeps nothing.
+        display: shows how far it is, and the time left; None shows nothing.
+        costs: what the cost of every step of the samples is added to; None measures none.
+
+    Returns:
+        Where the samples end.
+
+    Raises:
+        ValueError: as `Runs.trajectories`, and for a corrupt file in the folder.
+    """
+    display = display or bar(False)
+    total = runs.evaluations(grid)
+    task = display.add_task("fine steps", total=total * len(samples))
+    step_errors = None if costs is None else StepErrors(runs.scheduler.plan(len(grid), None, None, None))
+    found = []
+    for block in runs.blocks(samples):
+        file = None if folder is None else folder / f"fine-{block.start:06d}-{block.stop:06d}.safetensors"
+        if file is not None and file.is_file():
+            tensors, _ = weights.read(file)
+            display.advance(task, total * len(block))
+        else:
+            ((_, states, outputs),) = runs.trajectories(grid, block, lambda rows: display.advance(task, rows))
+            tensors = {"ends": states[-1]}
+            if step_errors is not None:
+                own = Costs(grid, len(samples))
+                own.add(step_errors(states, outputs), block.start)
+                tensors |= {"sums": own.sums, "counts": own.counts}
+            if file is not None:
+                weights.write(file, tensors)
+        found.append(tensors["ends"])
+        if costs is not None:
+            costs.sums += tensors["sums"]
+            costs.counts += tensors["counts"]
+    return Fine(samples, torch.cat(found))
+
+
+def coarse(anchors: Grid, path: Sequence[int]) -> Grid:
+    """Returns the grid of some of the anchors."""
+    return replace(anchors, sigmas=tuple(anchors.sigmas[i] for i in path))
+
+
+def rmse(errors: Tensor) -> Figure:
+    """Returns the root of the mean squared error, with its jackknife error.
+
+    Two of them on the same noise pair, sample by sample: `flowkit.eval.intervals.paired` gives their difference with its
+    standard error.
+
+    Args:
+        errors: squared error of each sample, from `Runs.errors`.
+    """
+    total, count = errors.sum(), len(errors)
+    left_out: Sequence[float] = ((total - errors) / (count - 1)).clamp_min(0).sqrt().tolist()
+    return jackknife(float((total / count).sqrt()), left_out)
