@@ -119,6 +119,7 @@ def optimize_steps(
     wanted = check_steps(steps, anchors)
     without, through = check_nodes(wanted, anchors, forbidden, forced)
     runs = Runs(pipe, solver, inputs=inputs, call=call, seed=seed, batch_size=batch_size)
+    runs.check_deterministic()
     anchor_grid = runs.anchors(anchors)
     trials = {k: budget // runs.evaluations(coarse(anchor_grid, uniform_path(anchors, k))) for k in wanted}
     if objective == "final" and (short := [k for k in wanted if trials[k] < _STARTS]):

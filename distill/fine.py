@@ -17,15 +17,15 @@ from torch import Tensor
 
 from flowkit import rng, weights
 from flowkit.distill.costs import Costs, StepErrors
-from flowkit.distill.record import ending, recording
+from flowkit.distill.observe import ending, first_sample, recording
 from flowkit.eval.intervals import Figure, jackknife
 from flowkit.grids import Grid
 from flowkit.pipelines.sampling import Inputs, as_inputs, blocks, check_arguments, parameters, sample_outputs
 from flowkit.progress import bar
 from flowkit.schedulers import RectifiedFlowScheduler
 
-# Index of the run's own seed: beyond every sample's, so that no search shares noise with an evaluation under the same seed.
-SEARCH = 2**63
+# Indices of the runs' own seeds: beyond every sample's, so that none shares noise with an evaluation under the same seed.
+SEARCH, RECORD = 2**63, 2**63 + 1
 _OnStep = Callable[[int], None]
 
 
@@ -43,49 +43,61 @@ class Fine:
 
 
 class Runs:
-    """Runs of one pipeline under one deterministic solver, each sample from the same noise on every grid.
+    """Runs of one pipeline under one solver, each sample from the same noise on every grid.
 
     Args:
         pipe: any diffusers pipeline that `flowkit.attach` takes; between runs it is left as it was.
-        solver: one of `flowkit.solvers.SOLVERS`; None means that of the pipeline's scheduler if it is ours, and Euler if not.
+        solver: one of `flowkit.solvers.SOLVERS`, or a scheduler of ours; None means the pipeline's own if it is ours, and Euler if
+            not.
         inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples.
         seed: of the noise; it is not that of `flowkit.eval.evaluate` under the same seed.
         batch_size: samples at a time.
+        stream: index of the run's own seed, `SEARCH` or `RECORD`.
 
     Raises:
         TypeError: for arguments that the pipeline does not take, and steps or levels in ``call``.
-        ValueError: for a scheduler that has no path of ours, or a solver that draws noise.
+        ValueError: for a scheduler that has no path of ours.
     """
 
     def __init__(
         self,
         pipe: Any,  # noqa: ANN401
-        solver: str | None = None,
+        solver: str | RectifiedFlowScheduler | None = None,
         *,
         inputs: Inputs = None,
         call: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        stream: int = SEARCH,
     ) -> None:
         self.pipe, self.inputs, self.call, self.seed, self.batch_size = pipe, inputs, dict(call or {}), seed, batch_size
+        self.own_seed = rng.sample_seed(seed, stream)
         if given := {"num_inference_steps", "timesteps", "sigmas"} & self.call.keys():
             raise TypeError(
                 f"{', '.join(sorted(given))} cannot be in call: the steps are what is searched for; leave it out"
             )
         check_arguments(pipe, as_inputs(pipe, inputs)(0), {**self.call, "num_inference_steps": 1})
         blocks(pipe, 1, inputs=inputs, batch_size=batch_size)  # refuses a bad batch size
-        stock = getattr(pipe, "scheduler", None)
-        ours = isinstance(stock, RectifiedFlowScheduler)
-        chosen = {"solver": solver} if solver else {} if ours else {"solver": "euler"}
-        self.scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(stock, grid="karras", **chosen)
+        named = isinstance(solver, str)
+        base = solver if isinstance(solver, RectifiedFlowScheduler) else getattr(pipe, "scheduler", None)
+        ours = isinstance(base, RectifiedFlowScheduler)
+        chosen = {"solver": solver} if named else {} if ours else {"solver": "euler"}
+        self.scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(base, grid="karras", **chosen)
+
+    def check_deterministic(self) -> None:
+        """Refuses a solver under which there is no one fine solution.
+
+        Raises:
+            ValueError: for one that draws noise, or that takes its first step twice.
+        """
+        self.scheduler.set_grid(None)
         plan = self.scheduler.plan(2, None, None, None)
         if self.call.get("eta") or any(row.c for row in plan.rows()):
-            name = plan.method.name
-            raise ValueError(f"solver {name!r} draws noise at every step (eta or churn included), so there is no one fine solution "
-                             "to come near to; pass solver='euler' or another deterministic one, and no eta")  # fmt: skip
+            raise ValueError(f"solver {self.solver!r} draws noise at every step (eta or churn included), so there is no one fine "
+                             "solution to come near to; pass solver='euler' or another deterministic one, and no eta")  # fmt: skip
         if len(plan.times) != 2:
-            raise ValueError(f"solver {plan.method.name!r} takes a step twice, so its steps are no path over anchors; pass "
+            raise ValueError(f"solver {self.solver!r} takes its first step twice, so its steps are no path over anchors; pass "
                              "solver='ab4'")  # fmt: skip
 
     @property
@@ -108,7 +120,7 @@ class Runs:
 
     def evaluations(self, grid: Grid) -> int:
         """Returns the network evaluations of one sample on a grid, guidance not counted."""
-        self._use(grid)
+        self.scheduler.set_grid(grid)
         return len(self.scheduler.plan(len(grid), None, None, None).rows())
 
     def trajectories(
@@ -127,7 +139,7 @@ class Runs:
         Raises:
             ValueError: for a pipeline that does not simply take N steps, or that changes the sample between them.
         """
-        self._use(grid)
+        self.scheduler.set_grid(grid)
         rows = self.scheduler.plan(len(grid), None, None, None).rows()
         first = [i for i, row in enumerate(rows) if not i or row.step != rows[i - 1].step]
         with recording(self.pipe, self.scheduler, on_step) as take:
@@ -173,6 +185,11 @@ class Runs:
                              f"{list(grid.sigmas)!r:.120}; try float32, or another solver")  # fmt: skip
         return errors
 
+    def start(self, grid: Grid) -> Tensor:
+        """Returns the noise that sample 0 begins with on a grid, (1, ...), at the cost of one network evaluation."""
+        self.scheduler.set_grid(grid)
+        return first_sample(self.pipe, self.scheduler, lambda: list(self._draw(grid, range(1))))
+
     def blocks(self, samples: range) -> list[range]:
         """Returns the batches that samples are drawn in."""
         return blocks(self.pipe, len(samples), inputs=self.inputs, batch_size=self.batch_size, start=samples.start)
@@ -185,8 +202,8 @@ class Runs:
         call = {**self.call, "num_inference_steps": len(grid)}
         if "output_type" in parameters(self.pipe) and getattr(self.pipe, "vae", None) is not None:
             call.setdefault("output_type", "latent")
-        own = rng.sample_seed(self.seed, SEARCH)
-        for block, _ in sample_outputs(self.pipe, self.blocks(samples), seed=own, inputs=self.inputs, call=call):
+        cut = self.blocks(samples)
+        for block, _ in sample_outputs(self.pipe, cut, seed=self.own_seed, inputs=self.inputs, call=call):
             yield block
 
     def _check(self, taken: int, wanted: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table, weights
 from flowkit.distill.costs import Costs, StepErrors
 from flowkit.distill.fine import SEARCH
-from flowkit.distill.record import recording
+from flowkit.distill.observe import recording
 from flowkit.distill.shortest import nearest_path, shortest_paths, uniform_path
 from flowkit.hooks import Trajectory
 from flowkit.pipelines.sampling import sample_images

@@ -46,6 +46,18 @@ class _Last(Part):
         return sample.detach().cpu(), self._count
 
 
+class _Reached(Exception):
+    """Ends a run of the pipeline before its first step."""
+
+    def __init__(self, sample: Tensor) -> None:
+        self.sample = sample
+
+
+class _First(Part):
+    def before_step(self, run: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> None:  # noqa: ANN401
+        raise _Reached(sample)
+
+
 @contextmanager
 def under(pipe: Any, scheduler: RectifiedFlowScheduler, *parts: Part) -> Iterator[None]:  # noqa: ANN401
     """Puts a scheduler and parts into a pipeline; the pipeline's own is back afterwards, after an error too.
@@ -115,3 +127,22 @@ def ending(
     last = _Last(on_step)
     with under(pipe, scheduler, last):
         yield last.take
+
+
+def first_sample(pipe: Any, scheduler: RectifiedFlowScheduler, draw: Callable[[], object]) -> Tensor:  # noqa: ANN401
+    """Returns the sample of a run before its first step, at the cost of one network evaluation.
+
+    Args:
+        pipe: any diffusers pipeline that `flowkit.attach` takes.
+        scheduler: the one to run; it is forked, not changed.
+        draw: calls the pipeline.
+
+    Raises:
+        ValueError: where it takes no step.
+    """
+    try:
+        with under(pipe, scheduler, _First()):
+            draw()
+    except _Reached as reached:
+        return reached.sample
+    raise ValueError(f"{type(pipe).__name__} made a sample without a step of its scheduler; give it at least one step")

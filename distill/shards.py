@@ -1,0 +1,258 @@
+"""Recorded trajectories on disk: safetensors shards of fixed blocks of sample indices, and the data set that reads them.
+
+    trajectories.json          what the recording depends on; another one is refused by the name of what differs
+    shard-000000.safetensors   states and outputs of a block of samples, with their checksum: there whole or not at all
+    index.json                 the shards, written last: the recording is complete
+
+The noise that a sample begins with is a function of its seed, so it is not stored where it can be made again to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowkit import rng, weights
+from flowkit.eval.runs import Kind
+from flowkit.grids import Grid
+from flowkit.schedulers import RectifiedFlowScheduler
+
+INDEX = "index.json"
+RECORDING = Kind(
+    "recorded trajectories",
+    "trajectories.json",
+    "flowkit.trajectories/1",
+    re.compile(r"\.(trajectories|index|shard-\d+)\.(json|safetensors)\.\w+"),
+)
+_OPEN = 64
+
+
+def initial(kind: str, shape: Sequence[int], dtype: torch.dtype, seeds: Sequence[int], scale: float) -> Tensor:
+    """Makes the noise again that a pipeline begins with.
+
+    Args:
+        kind: "keyed", `flowkit.rng.normal`; or "generator", ``torch.randn`` on the CPU with a generator for each sample, which is
+            what the pipelines of diffusers draw.
+        shape: of one sample.
+        dtype: of the pipeline.
+        seeds: of each sample.
+        scale: the scheduler's ``init_noise_sigma``.
+
+    Returns:
+        (len(seeds), *shape).
+    """
+    if kind == "keyed":
+        noise = rng.normal(shape, seeds, tag=rng.INITIAL, dtype=dtype)
+    else:
+        draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(s), dtype=dtype) for s in seeds]
+        noise = torch.cat(draws)
+    return noise * scale
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a recording.
+
+    Attributes:
+        states: at the stored anchors, (n, P, ...); memory-mapped, as is the other.
+        outputs: of the network, (n, Q, ...).
+        noise: how the first state is made, see `initial`; "stored" where it is among the states, "none" where it is not kept.
+        scale: of that noise.
+        inputs: arguments of each sample.
+        sha256: of states and outputs.
+        noise_sha256: of the noise that is made again.
+    """
+
+    states: Tensor
+    outputs: Tensor
+    noise: str
+    scale: float
+    inputs: Sequence[Mapping[str, Any]]
+    sha256: str
+    noise_sha256: str
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """Returns the file of a shard."""
+    return folder / f"shard-{number:06d}.safetensors"
+
+
+def digest(*tensors: Tensor) -> str:
+    """Returns the SHA-256 of the bytes of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def run_id(settings: Mapping[str, Any]) -> str:
+    """Returns the hash of a recording's settings, which its shards carry."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def write_shard(folder: Path, number: int, run: str, shard: Shard) -> None:
+    """Writes a shard, whole or not at all.
+
+    Raises:
+        OSError: where the disk is full; shards that are there stay.
+    """
+    metadata = {
+        "format": RECORDING.format,
+        "run": run,
+        "noise": shard.noise,
+        "noise_sha256": shard.noise_sha256,
+        "scale": repr(shard.scale),
+        "inputs": json.dumps(shard.inputs),
+        "sha256": shard.sha256,
+    }
+    path = shard_file(folder, number)
+    try:
+        weights.write(path, {"states": shard.states, "outputs": shard.outputs}, metadata)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error}); make room and record again: the shards before it are kept"
+        ) from error
+
+
+def read_shard(folder: Path, number: int, run: str, verify: bool = True) -> Shard:
+    """Maps a shard into memory.
+
+    Args:
+        folder: of the recording.
+        number: of the shard.
+        run: hash of the recording's settings.
+        verify: compare the checksum, which reads the file through.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+        ValueError: for a file of another recording, a corrupt one, or one whose checksum differs.
+    """
+    path = weights.check(shard_file(folder, number))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("run") != run:
+            raise ValueError(f"{path} belongs to another recording than {folder / RECORDING.settings}; move it away")
+        shard = Shard(
+            file.get_tensor("states"),
+            file.get_tensor("outputs"),
+            metadata["noise"],
+            float(metadata["scale"]),
+            json.loads(metadata["inputs"]),
+            metadata["sha256"],
+            metadata["noise_sha256"],
+        )
+    if verify and digest(shard.states, shard.outputs) != shard.sha256:
+        raise ValueError(f"the checksum of {path} is not the one it was written with: the file is damaged; delete it and record "
+                         "again, then it alone is drawn anew")  # fmt: skip
+    return shard
+
+
+class Trajectories(Dataset[dict[str, Any]]):
+    """Recorded trajectories by sample; files are mapped into memory, so that what is not looked at is not loaded.
+
+    Item i is a dict: "index", i; "inputs", the arguments of the sample in JSON's terms (tensors by their hash); "states",
+    (len(at), ...), and "outputs", (len(outputs_at), ...), where they were kept.
+
+    Args:
+        folder: of a complete recording, see `flowkit.distill.trajectories.record`.
+        verify: compare the checksum of each shard when it is first opened, and of the noise made again.
+
+    Attributes:
+        settings: what the recording depends on.
+        grid: the levels that were walked, N + 1, with the solver.
+        at: numbers of the kept states, among 0 ... N; empty where none were kept.
+        outputs_at: numbers of the kept outputs, among 0 ... N - 1; empty where none were kept.
+        shape: of one state.
+
+    Raises:
+        FileNotFoundError: where there is no complete recording.
+        ValueError: for a folder of something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], verify: bool = True) -> None:
+        self.folder = Path(folder)
+        index, settings = self.folder / INDEX, self.folder / RECORDING.settings
+        if not settings.is_file() or not index.is_file():
+            raise FileNotFoundError(f"no complete recording in {folder}; record it, or go on with one that was stopped, with "
+                                    "flowkit.distill.record")  # fmt: skip
+        self.settings = json.loads(settings.read_text(encoding="utf-8"))
+        found = json.loads(index.read_text(encoding="utf-8"))
+        if self.settings.get("format") != RECORDING.format:
+            raise ValueError(f"{settings} is of the format {self.settings.get('format')!r}; record again")
+        self.run = run_id(self.settings)
+        self.grid = Grid.from_dict(self.settings["grid"])
+        at, keep = self.settings["at"], self.settings["keep"]
+        self.at = list(at) if "state" in keep else []
+        self.outputs_at = [i for i in at if i < len(self.grid)] if "output" in keep else []
+        self.shape, self.dtype = tuple(self.settings["shape"]), getattr(torch, self.settings["dtype"])
+        self.firsts = [entry["first"] for entry in found["shards"]]
+        self._count, self._seed = found["count"], self.settings["own_seed"]
+        self._verify, self._verified = verify, set[int]()
+        self._maps: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        return int(self._count)
+
+    def scheduler(self) -> RectifiedFlowScheduler:
+        """Returns a scheduler as the one that walked."""
+        scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler(**self.settings["scheduler"])
+        return scheduler
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: not the mapped files."""
+        return {**self.__dict__, "_maps": {}}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns one sample.
+
+        Raises:
+            IndexError: for an index beyond the samples.
+            ValueError: for a shard that is damaged, and for noise that is no longer what it was.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is not one of {len(self)}")
+        number = int(torch.searchsorted(torch.tensor(self.firsts), index, right=True)) - 1
+        shard, row = self._shard(number), index - self.firsts[number]
+        item: dict[str, Any] = {"index": index, "inputs": shard.inputs[row]}
+        if self.at:
+            states = shard.states[row].clone()
+            if shard.noise not in ("stored", "none"):
+                seeds = [rng.sample_seed(self._seed, index)]
+                states = torch.cat([initial(shard.noise, self.shape, self.dtype, seeds, shard.scale), states])
+            item["states"] = states
+        if self.outputs_at:
+            item["outputs"] = shard.outputs[row].clone()
+        return item
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._maps:
+            if len(self._maps) >= _OPEN:
+                self._maps.pop(next(iter(self._maps)))
+            fresh = self._verify and number not in self._verified
+            shard = read_shard(self.folder, number, self.run, fresh)
+            if fresh:
+                self._check_noise(number, shard)
+                self._verified.add(number)
+            self._maps[number] = shard
+        return self._maps[number]
+
+    def _check_noise(self, number: int, shard: Shard) -> None:
+        if shard.noise in ("stored", "none"):
+            return
+        first = self.firsts[number]
+        seeds = [rng.sample_seed(self._seed, i) for i in range(first, first + len(shard.inputs))]
+        if digest(initial(shard.noise, self.shape, self.dtype, seeds, shard.scale)) != shard.noise_sha256:
+            raise ValueError(f"the noise of {shard_file(self.folder, number)} comes out otherwise than when it was recorded: this "
+                             "torch draws other numbers; record again with it")  # fmt: skip
