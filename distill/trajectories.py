@@ -128,9 +128,9 @@ class _Job:
         config = {k: v for k, v in describe(dict(runs.scheduler.config)).items() if k != "grid" and k[0] != "_"}
         self.settings = {
             "format": RECORDING.format,
+            "grid": {**grid.to_dict(), "solver": runs.solver},
             "keep": list(keep),
             "at": list(at),
-            "grid": {**grid.to_dict(), "solver": runs.solver},
             "scheduler": config,
             "shape": self.shape,
             "dtype": str(self.dtype).removeprefix("torch."),

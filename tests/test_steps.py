@@ -40,7 +40,7 @@ def additive(costs: NDArray[np.float64], seen: list[Nodes]) -> Any:
 def convex_costs(seed: int, anchors: int = 60) -> NDArray[np.float64]:
     """Costs of a step that grow with the square of its length in a warped time: one valley, whose bottom the DP knows."""
     warp = np.concatenate([[0], np.cumsum(np.random.default_rng(seed).random(anchors) + 0.05)])
-    return np.square(warp[:, None] - warp)
+    return np.asarray(np.square(warp[:, None] - warp))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
