@@ -91,7 +91,7 @@ class Runs:
         Raises:
             ValueError: for one that draws noise, or that takes its first step twice.
         """
-        self.scheduler.set_grid(None)
+        self.scheduler.set_grid(self.anchors(2))
         plan = self.scheduler.plan(2, None, None, None)
         if self.call.get("eta") or any(row.c for row in plan.rows()):
             raise ValueError(f"solver {self.solver!r} draws noise at every step (eta or churn included), so there is no one fine "

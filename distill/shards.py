@@ -207,7 +207,8 @@ class Trajectories(Dataset[dict[str, Any]]):
 
     def scheduler(self) -> RectifiedFlowScheduler:
         """Returns a scheduler as the one that walked."""
-        scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler(**self.settings["scheduler"])
+        config = {**self.settings["scheduler"], "_class_name": RectifiedFlowScheduler.__name__}
+        scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(config)
         return scheduler
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flowkit import Grid, RectifiedFlowScheduler, load_demo, rng, table
+from flowkit import Grid, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
 from flowkit.distill import Trajectories, record
 from flowkit.distill.fine import RECORD
 from flowkit.eval.processes import Processes
 from flowkit.eval.sources import count_rows
 
 from . import mixtures
+from .families import stock_of
 from .test_bellman import ddpm
+from .tiny import PIPELINES, build
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET: dict[str, Any] = {"inputs": [0], "progress": False}
@@ -391,3 +393,42 @@ def test_the_index_lists_the_shards(whole: Path) -> None:
         ("shard-000000.safetensors", 0, 32),
         ("shard-000001.safetensors", 32, 8),
     ]
+
+
+# ------------------------------------------------------------------------------------------------- pipelines of diffusers
+
+
+def arguments(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of a sample and the arguments of all, in the pipeline of a family."""
+    given = {k: v for k, v in PIPELINES[family].call.items() if k != "output_type"}
+    return {k: given.pop(k) for k in ("prompt", "negative_prompt")}, given
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+def test_text_pipelines(tmp_path: Path, family: str) -> None:
+    pipe = build(family, stock_of(family))
+    inputs, call = arguments(family)
+    data = record(pipe, tmp_path / "run", 3, 4, inputs=inputs, call=call, batch_size=2, progress=False)
+    assert data._shard(0).noise == ("stored" if family == "flux" else "generator")  # Flux packs its noise
+    assert data[2]["inputs"] == inputs
+    walked = [data[2]["states"][0][None]]
+    scheduler = data.scheduler()
+    scheduler.set_grid(data.grid)
+    for k, row in enumerate(scheduler.plan(4, None, None, None).rows()):
+        walked.append(table.step(row, walked[-1], data[2]["outputs"][k][None])[0])
+    assert torch.allclose(torch.cat(walked), data[2]["states"], atol=1e-5)
+    how: dict[str, Any] = {"inputs": inputs, "call": call, "batch_size": 2, "progress": False}
+    decoded = []
+    handle = pipe.vae.decoder.register_forward_pre_hook(lambda *args: decoded.append(1))
+    grid = optimize_steps(pipe, [2], anchors=6, samples=3, held_out=2, budget=8, **how)[2]
+    handle.remove()
+    assert not decoded  # no trial costs a decoder
+    assert grid.path == ("vp" if family.startswith("sd1") or family == "sdxl" else "flow")
+    assert grid.about["search_rmse"] <= grid.about["uniform_search_rmse"]
+
+
+def test_a_pipeline_that_begins_in_the_middle_is_refused_by_name(tmp_path: Path) -> None:
+    pipe = build("sd15-img2img", stock_of("sd15-img2img"))
+    inputs, call = arguments("sd15-img2img")
+    with pytest.raises(ValueError, match=r"StableDiffusionImg2ImgPipeline took 2 of 4 steps; .* pure noise"):
+        record(pipe, tmp_path / "run", 2, 4, inputs=inputs, call=call, progress=False)
