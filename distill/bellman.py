@@ -55,7 +55,7 @@ def optimize_steps(
     anchors: int = 100,
     samples: int = 100,
     held_out: int | None = None,
-    budget: int = 1000,
+    budget: int = 500,
     forbidden: Iterable[int] = (),
     forced: Iterable[int] = (),
     seed: int = 0,
@@ -121,6 +121,7 @@ def optimize_steps(
     runs = Runs(pipe, solver, inputs=inputs, call=call, seed=seed, batch_size=batch_size)
     runs.check_deterministic()
     anchor_grid = runs.anchors(anchors)
+    budget = budget if objective == "final" else 0
     trials = {k: budget // runs.evaluations(coarse(anchor_grid, uniform_path(anchors, k))) for k in wanted}
     if objective == "final" and (short := [k for k in wanted if trials[k] < _STARTS]):
         raise ValueError(f"budget={budget} is enough for {trials[short[0]]} runs of {short[0]} steps, and the search begins with "
@@ -131,6 +132,10 @@ def optimize_steps(
     shared = {"method": method, "objective": objective, "prediction_type": runs.prediction, "anchors": anchors}
     shared |= {"samples": samples, "seed": seed, "call": describe(runs.call)}
     with bar(progress) as display:
+        if progress:
+            needed = forecast(runs, wanted, anchors, samples, held_out, budget)
+            parts = ", ".join(f"{name} {count:,}" for name, count in needed.items() if count)
+            display.console.print(f"network evaluations, guidance not counted: {parts}", highlight=False)
         costs = Costs(anchor_grid, samples, {**shared, "objective": "local"})
         fine = fine_solution(runs, anchor_grid, range(samples), folder, display, costs)
         if folder is not None:
@@ -158,6 +163,32 @@ def optimize_steps(
             if folder is not None:
                 grids[k].save(folder / f"grid-{k}.json")
     return grids
+
+
+def forecast(
+    runs: Runs, steps: Iterable[int], anchors: int, samples: int, held_out: int, budget: int
+) -> dict[str, int]:
+    """Returns how many network evaluations a search takes, guidance not counted.
+
+    Args:
+        runs: of the pipeline.
+        steps: numbers of steps, as are the others those of `optimize_steps`.
+        anchors: fine steps.
+        samples: trajectories.
+        held_out: further samples.
+        budget: of "final" for each sample and number of steps; 0 for "local".
+
+    Returns:
+        Those of the "fine run", of the "search" at most, and of the "measurement" on held-out noise.
+    """
+    grid = runs.anchors(anchors)
+    fine = runs.evaluations(grid)
+    coarse_runs = [runs.evaluations(coarse(grid, uniform_path(anchors, k))) for k in steps]
+    return {
+        "fine run": samples * fine,
+        "search": sum(samples * (budget // k) * k for k in coarse_runs),
+        "measurement": held_out * (fine + 2 * sum(coarse_runs)),
+    }
 
 
 def _final(

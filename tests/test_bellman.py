@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowkit import Grid, MixtureDenoiser, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table, weights
+from flowkit.distill.cost_plot import plot_costs
 from flowkit.distill.costs import Costs, StepErrors
 from flowkit.distill.fine import SEARCH
 from flowkit.distill.observe import recording
@@ -409,3 +410,21 @@ def test_bad_arguments_are_refused_before_any_work(arguments: dict[str, Any], me
     pipe.unet = None
     with pytest.raises((ValueError, TypeError), match=message):
         optimize_steps(pipe, **{"steps": [2], "inputs": [1], "progress": False, **arguments})
+
+
+def test_the_picture_of_a_cost_matrix(tmp_path: Path) -> None:
+    costs = gaussian(0.5)
+    paths = {f"{k} steps": path for k, path in shortest_paths(costs.mean(), [3, 6]).items()}
+    figure = plot_costs(costs, paths, tmp_path / "new" / "costs.png")
+    assert (tmp_path / "new" / "costs.png").read_bytes()[:4] == b"\x89PNG"
+    axes = figure.axes[0]
+    shown = np.ma.getdata(axes.images[0].get_array())
+    assert shown[0, 100] == pytest.approx(float(costs.mean()[0, 100]))
+    assert np.isnan(shown[np.tril_indices(101)]).all()
+    steps = [list(zip(*(v.tolist() for v in line.get_data()), strict=True)) for line in axes.lines[1::2]]
+    assert steps == [[(k, j) for j, k in itertools.pairwise(path)] for path in paths.values()]
+    with pytest.raises(ValueError, match="x is no path over 101 anchors"):
+        plot_costs(costs, {"x": [0, 5, 99]})
+    empty = Costs(Grid.uniform(4), 2)
+    empty.add(torch.zeros(2, 5, 5, dtype=torch.float64))
+    plot_costs(empty, {})

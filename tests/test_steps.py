@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from flowkit import Grid, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
 from flowkit.distill import bellman
+from flowkit.distill.bellman import forecast
 from flowkit.distill.costs import Costs
 from flowkit.distill.descent import Descent
 from flowkit.distill.fine import SEARCH, Fine, Runs, coarse, fine_solution, rmse
@@ -200,6 +201,19 @@ def test_final_beats_even_steps_on_the_embedded_models(name: str, budget: int) -
     found = optimize_steps(pipe, [4, 6, 8], samples=100, held_out=2000, budget=budget, **how)
     gains = {k: g.about for k, g in found.items()}
     assert {k: a["gain"] > 2 * a["gain_se"] for k, a in gains.items()} == dict.fromkeys([4, 6, 8], True)
+
+
+def test_the_forecast_is_what_a_search_takes_at_most() -> None:
+    for solver, fine, coarse_rows in (("euler", 12, 3), ("heun", 23, 5)):
+        pipe = mixtures.ring(solver)
+        needed = forecast(Runs(pipe, inputs=[0]), [3], 12, 10, 6, 30)
+        rows_of_search = 10 * (30 // coarse_rows) * coarse_rows
+        assert needed == {"fine run": 10 * fine, "search": rows_of_search, "measurement": 6 * (fine + 2 * coarse_rows)}
+        with count_rows(pipe) as rows:
+            about = optimize_steps(pipe, [3], anchors=12, samples=10, held_out=6, budget=30, **QUICK)[3].about
+            spent = about["trials"] * 10 * coarse_rows
+            assert rows() == sum(needed.values()) - rows_of_search + spent
+            assert spent <= rows_of_search
 
 
 def test_guidance_is_part_of_what_is_searched() -> None:
