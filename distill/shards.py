@@ -9,6 +9,7 @@ The noise that a sample begins with is a function of its seed, so it is not stor
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -224,7 +225,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not one of {len(self)}")
-        number = int(torch.searchsorted(torch.tensor(self.firsts), index, right=True)) - 1
+        number = bisect.bisect_right(self.firsts, index) - 1
         shard, row = self._shard(number), index - self.firsts[number]
         item: dict[str, Any] = {"index": index, "inputs": shard.inputs[row]}
         if self.at:

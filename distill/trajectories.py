@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowkit import rng
 from flowkit.distill import shards
+from flowkit.distill.costs import Costs, StepErrors
 from flowkit.distill.fine import RECORD, Runs
 from flowkit.distill.shards import RECORDING, Shard, Trajectories, digest, initial
 from flowkit.eval import runs as folders
@@ -103,6 +104,31 @@ def record(
     processes.agree(lambda: job.finish() if processes.main else None)
     processes.wait()
     return Trajectories(folder)
+
+
+def recorded_costs(trajectories: Trajectories, batch_size: int = 64) -> Costs:
+    """Returns the costs of all steps between two recorded levels, without another run of the pipeline.
+
+    Args:
+        trajectories: of two samples or more, with states and outputs at all levels of their grid.
+        batch_size: samples at a time.
+
+    Raises:
+        ValueError: where less was recorded.
+    """
+    grid, count = trajectories.grid, len(trajectories)
+    if len(trajectories.at) <= len(grid) or len(trajectories.outputs_at) < len(grid) or count < 2:
+        raise ValueError(f"costs need states and outputs at all {len(grid) + 1} levels of two samples or more; "
+                         f"{trajectories.folder} holds states at {len(trajectories.at)} and outputs at "
+                         f"{len(trajectories.outputs_at)} of {count} samples")  # fmt: skip
+    scheduler = trajectories.scheduler()
+    scheduler.set_grid(grid)
+    errors, costs = StepErrors(scheduler.plan(len(grid), None, None, None)), Costs(grid, count)
+    for first in range(0, count, batch_size):
+        items = [trajectories[i] for i in range(first, min(first + batch_size, count))]
+        states, outputs = (torch.stack([item[name] for item in items], 1) for name in ("states", "outputs"))
+        costs.add(errors(list(states), list(outputs)))
+    return costs
 
 
 class _Job:

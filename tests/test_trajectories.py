@@ -16,8 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from flowkit import Grid, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
-from flowkit.distill import Trajectories, record
+from flowkit.distill import Trajectories, fine, record
+from flowkit.distill.costs import Costs
 from flowkit.distill.fine import RECORD
+from flowkit.distill.trajectories import recorded_costs
 from flowkit.eval.processes import Processes
 from flowkit.eval.sources import count_rows
 
@@ -115,6 +117,19 @@ def test_part_of_a_trajectory(tmp_path: Path, keep: list[str], at: list[int] | N
         for name, kept in (("states", part.at), ("outputs", part.outputs_at)):
             if name in item:
                 assert torch.equal(item[name], whole[index][name][kept])
+
+
+def test_costs_of_recorded_trajectories_are_those_of_a_search(tmp_path: Path) -> None:
+    data = record(mixtures.planes(), tmp_path / "run", 7, 9, batch_size=3, **QUIET)
+    costs = recorded_costs(data, batch_size=4)
+    runs = fine.Runs(mixtures.planes(), inputs=[0], stream=RECORD)
+    expected = Costs(runs.anchors(9), 7)
+    fine.fine_solution(runs, runs.anchors(9), range(7), costs=expected)
+    assert torch.allclose(costs.mean(), expected.mean(), rtol=1e-9)
+    assert float(costs.mean()[0, 9]) > 1e-2
+    part = record(mixtures.planes(), tmp_path / "part", 7, 9, at=[0, 3, 9], **QUIET)
+    with pytest.raises(ValueError, match="holds states at 3 and outputs at 2 of 7 samples"):
+        recorded_costs(part)
 
 
 def test_a_loader_reads_batches_in_other_processes(tmp_path: Path) -> None:
