@@ -97,10 +97,10 @@ def optimize_steps(
         progress: show bars with the time left.
 
     Returns:
-        K -> grid, made for the solver. ``about`` holds the summed cost and that of the uniform grid, each with its standard error;
-        how often resampled trajectories choose the same local path; for "final" the error on the search noise beside that of the
-        uniform grid, which is not smaller; on held-out noise the root mean squared error per element, and the gain over the uniform
-        grid with its paired standard error; and the settings.
+        K -> grid, made for the solver. ``about`` holds the summed cost and that of the uniform grid, whose anchors are evenly
+        spaced, each with its standard error; how often resampled trajectories choose the same local path; for "final" the error on
+        the search noise beside that of the uniform grid, which is not smaller; on held-out noise the root mean squared error per
+        element, and the gain over the uniform grid with its paired standard error; and the settings.
 
     Raises:
         OSError: for a folder that cannot be written.

@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flowkit import Grid, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
+from flowkit import (
+    ClassConditionalPipeline,
+    Grid,
+    MixtureDenoiser,
+    RectifiedFlowScheduler,
+    load_demo,
+    optimize_steps,
+    rng,
+    table,
+)
 from flowkit.distill import Trajectories, fine, record
 from flowkit.distill.costs import Costs
 from flowkit.distill.fine import RECORD
@@ -58,6 +67,17 @@ def test_what_is_recorded_is_the_solvers_own_walk(tmp_path: Path, make: Any, sol
             noise = rng.normal(shape, [seed], step=k, dtype=torch.float64) if row.c else None
             x, history = table.step(row, x, raw, history, noise)
         assert torch.allclose(item["states"][-1], x[0], atol=1e-4)
+
+
+def test_noise_of_unbounded_paths_is_scaled(tmp_path: Path) -> None:
+    network = MixtureDenoiser.of(torch.ones(1, 1, 2, 2), 0.3, path="edm")
+    pipe = ClassConditionalPipeline(
+        network, RectifiedFlowScheduler(path="edm", prediction_type="epsilon", solver="euler")
+    )
+    data = record(pipe, tmp_path, 4, 5, **QUIET)
+    assert (data._shard(0).noise, data._shard(0).scale) == ("keyed", 80.0)
+    assert 20 < float(data[3]["states"][0].abs().mean()) < 200
+    assert data.scheduler().path.name == "edm"
 
 
 def test_steps_inside_a_step_are_not_levels(tmp_path: Path) -> None:
@@ -378,6 +398,19 @@ def test_ranks_share_the_shards(whole: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "shard-000001.safetensors").read_bytes() == (
         whole / "shard-000001.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_same_bytes_as_one(whole: Path, tmp_path: Path) -> None:
+    script = "from flowkit import load_demo; from flowkit.distill import record; import sys; "
+    script += "record(load_demo(), sys.argv[1], 40, 4, inputs=range(10), batch_size=2, progress=False)"
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path / "run")], env=env, check=True, capture_output=True
+    )
+    assert contents(tmp_path / "run") == contents(whole)
 
 
 @pytest.mark.parametrize(
