@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowkit import assets
-from flowkit.cli import USER_ERRORS, media, options, scheduling, store
+from flowkit.cli import USER_ERRORS, media, options, store
 from flowkit.cli.options import Options, Request
 from flowkit.eval.provenance import describe, versions
-from flowkit.pipelines import loading
+from flowkit.pipelines import loading, swap
 from flowkit.pipelines.sampling import blocks, check_arguments, parameters, sample_outputs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -149,7 +149,7 @@ def open_model(
     source = loading.find(given.model, given.variant)
     config = loading.scheduler_config(source)
     if config is not None:  # a wrong name is cheaper to find before the weights are read
-        scheduling.make(config, given.scheduler, request.knobs, given.eta)
+        swap.make(config, given.scheduler, request.knobs, given.eta)
     console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
     dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
     pipe = for_task(loading.load(source, dtype, given.variant), request)
@@ -188,8 +188,8 @@ def _scheduled(pipe: Any, given: Options, request: Request) -> Request:  # noqa:
         if given.scheduler != "keep" or request.knobs or given.eta is not None:
             raise ValueError(f"{type(pipe).__name__} has no scheduler to change; pass --scheduler keep")
         return request
-    pipe.scheduler = scheduler = scheduling.make(current, given.scheduler, request.knobs, given.eta)
-    steps = scheduling.steps(scheduler, call.get("num_inference_steps"))
+    pipe.scheduler = scheduler = swap.make(current, given.scheduler, request.knobs, given.eta)
+    steps = swap.steps(scheduler, call.get("num_inference_steps"))
     if steps is not None:
         call["num_inference_steps"] = steps
     if given.eta is not None and scheduler.config.get("eta") != given.eta:
