@@ -32,7 +32,7 @@ import flowkit
 from flowkit import Grid, RectifiedFlowScheduler, rng
 from flowkit.cli import app, media, options
 from flowkit.cli import sample as command
-from flowkit.cli.pictures import mosaic, picture
+from flowkit.eval.pictures import mosaic, picture
 from flowkit.pipelines import loading
 
 from . import tiny

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flowkit import distill
-from flowkit.cli.pictures import mosaic, picture, save_png
 from flowkit.eval.harness import Result, evaluate
+from flowkit.eval.pictures import mosaic, picture, save_png
 from flowkit.eval.report import write_report
 from flowkit.grids import Grid
 from flowkit.pipelines import load_demo

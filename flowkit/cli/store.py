@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowkit.cli import media
-from flowkit.cli.pictures import mosaic, picture, save_png
+from flowkit.eval.pictures import mosaic, picture, save_png
 from flowkit.eval.provenance import first_difference
 from flowkit.weights import write_bytes, writing
 
