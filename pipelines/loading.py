@@ -28,8 +28,8 @@ from flowkit.pipelines.class_conditional import ClassConditionalPipeline
 from flowkit.schedulers import RectifiedFlowScheduler
 
 INDEX = "model_index.json"
+REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _OURS = {"ClassConditionalPipeline": ClassConditionalPipeline}
-_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -160,7 +160,7 @@ def _folder(name: str, variant: str | None) -> tuple[Path, str | None]:
         raise ValueError(
             f"{name} is a file, not a folder of diffusers; convert it with from_single_file and save_pretrained first"
         )
-    if not _REPOSITORY.fullmatch(name):
+    if not REPOSITORY.fullmatch(name):
         raise FileNotFoundError(f"no model {name!r}: no folder of that name is here; pass {', '.join(assets.NAMES)}, a folder of "
                                 "diffusers, or owner/name of a hub repository")  # fmt: skip
     folder = _snapshot(name, variant)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowkit.grids import Grid
+
+# Pipeline arguments that hold one value for each sample; in a JSON line or among shared ones any other holds for a whole call.
+EACH = re.compile(r"(negative_)?prompt(_\d)?|class_labels|((mask|control)_)?image")
+IMAGE = re.compile(r"((mask|control)_)?image")
+_LABELS = 1_000_000
 
 
 def read_labels(text: str) -> list[int]:
@@ -22,6 +28,10 @@ def read_labels(text: str) -> list[int]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
             raise ValueError(f"labels {text!r} are no list of class labels; write them like 0,3,7 or 0-9")
+        if len(labels) + last - first >= _LABELS:
+            raise ValueError(
+                f"labels {text!r:.60} are more than {_LABELS:,}; give each class once, they are drawn in turn"
+            )
         labels += range(first, last + 1)
     return labels
 
@@ -56,6 +66,21 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path} holds no prompts; write one a line")
     return rows
+
+
+def spread(rows: list[dict[str, Any]], call: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Moves shared arguments that hold one value for each sample, or that some samples have of their own, to the samples.
+
+    Args:
+        rows: arguments of each sample, which win.
+        call: arguments of all samples.
+
+    Returns:
+        The arguments of each sample and those left for all.
+    """
+    own = {name for row in rows for name in row}
+    moved = {name: value for name, value in call.items() if name in own or EACH.fullmatch(name)}
+    return [moved | row for row in rows], {name: value for name, value in call.items() if name not in moved}
 
 
 def read_grid(text: str) -> str | Grid:

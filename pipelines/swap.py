@@ -34,7 +34,7 @@ def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None 
                 f"{next(iter(knobs))} changes the scheduler, and scheduler 'keep' leaves it as it is; drop one of them"
             )
         return current
-    kind = RectifiedFlowScheduler if choice == "flowkit" else _stock(choice)
+    kind = RectifiedFlowScheduler if choice == "flowkit" else stock_class(choice)
     known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
     if eta is not None and "eta" in knobs:
         raise ValueError(f"eta is given twice, as {eta:g} and among the knobs as {knobs['eta']}; drop one of them")
@@ -67,8 +67,12 @@ def _walks(scheduler: Any) -> tuple[str, str] | None:  # noqa: ANN401
     return ours.path.name, str(ours.config["prediction_type"])
 
 
-def _stock(name: str) -> Any:  # noqa: ANN401
-    """A scheduler class of diffusers by name."""
+def stock_class(name: str) -> Any:  # noqa: ANN401
+    """Returns a scheduler class of diffusers by name.
+
+    Raises:
+        ValueError: where there is none of that name.
+    """
     kind = getattr(diffusers, name, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
         return kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import warnings
@@ -28,8 +27,6 @@ from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import PeerError
 from flowkit.eval.references import Extractor
 from flowkit.pipelines import loading
-
-_HUB = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Sampling:
         path = Path(self.source)
         if self.source in assets.NAMES or (path / loading.INDEX).is_file():
             return True
-        return not path.exists() and not path.suffix and _HUB.fullmatch(self.source) is not None
+        return not path.exists() and not path.suffix and loading.REPOSITORY.fullmatch(self.source) is not None
 
     def open(self, state: PartialState) -> dict[str, Any]:
         """Returns the source and its arguments for `flowkit.eval.evaluate`."""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowkit import rng, solvers
-from flowkit.pipelines.requests import read_grid, read_labels, read_prompts
+from flowkit.pipelines.requests import IMAGE, read_grid, read_labels, read_prompts, spread
 
 FORMATS = ("png", "npz", "webp", "gif", "mp4", "wav")
-# Pipeline arguments that hold one value for each sample; in a JSON line or --arg any other holds for a whole call.
-_EACH = re.compile(r"(negative_)?prompt(_\d)?|class_labels|((mask|control)_)?image")
-_IMAGE = re.compile(r"((mask|control)_)?image")
 
 
 @dataclass(frozen=True)
@@ -125,13 +121,8 @@ def read(options: Options) -> Request:
         if value is not None:
             _once(name, call, "--arg")
             call[name] = value
-    rows = _rows(options)
-    named = {name for row in rows for name in row}
-    # A line of the file wins over the command line; what differs between samples travels with them.
-    for name in [n for n in call if n in named or _EACH.fullmatch(n)]:
-        value = call.pop(name)
-        rows = [{name: value, **row} for row in rows]
-    for name, value in {(n, v) for row in rows for n, v in row.items() if isinstance(v, str) and _IMAGE.fullmatch(n)}:
+    rows, call = spread(_rows(options), call)
+    for name, value in {(n, v) for row in rows for n, v in row.items() if isinstance(v, str) and IMAGE.fullmatch(n)}:
         if not Path(value).is_file():
             raise FileNotFoundError(f"no picture at {value!r}, given as {name}; check the path")
     return Request(rows, call, knobs)
@@ -186,7 +177,7 @@ def _once(name: str, found: dict[str, Any], option: str) -> None:
 
 
 def _opened(name: str, value: Any) -> Any:  # noqa: ANN401
-    if not isinstance(value, str) or not _IMAGE.fullmatch(name):
+    if not isinstance(value, str) or not IMAGE.fullmatch(name):
         return value
     from PIL import Image, ImageOps
 

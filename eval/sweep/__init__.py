@@ -1,0 +1,1 @@
+"""Sweeps: many ways to sample a model, measured on the same noise."""
