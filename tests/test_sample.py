@@ -591,8 +591,8 @@ def test_settings_without_samples_are_replaced(tmp_path: Path, monkeypatch: pyte
         (("digits", "--fps", "0"), "--fps 0 is out of range; give at least 1"),
         (("digits", "--format", "jpg"), "unknown --format 'jpg'; choose png, npz, webp, gif, mp4, wav"),
         (("digits", "--labels", "1", "--format", "gif"), "ClassConditionalPipeline makes image, which --format gif"),
-        (("digits", "--dtype", "int8"), "unknown --dtype 'int8'; choose auto, float32, bfloat16, float16"),
-        (("digits", "--device", "tpux"), "unknown --device 'tpux'; choose auto, cpu, cuda, or another of torch's"),
+        (("digits", "--dtype", "int8"), "unknown dtype 'int8'; choose auto, float32, bfloat16, float16"),
+        (("digits", "--device", "tpux"), "unknown device 'tpux'; choose auto, cpu, cuda, or another of torch's"),
         (("digits", "--solver", "magic"), "unknown solver 'magic'; choose one of euler, "),
         (("digits", "--grid", "magic"), "unknown grid 'magic'; choose one of uniform"),
         (("digits", "--grid", "no/file.json"), "no grid file at no/file.json; check the path"),
@@ -696,7 +696,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for output in ("file", "file/below"):
         line = invoke(*DIGITS, "--output", tmp_path / output, code=2)
-        assert line == f"error: --output {tmp_path / output}: {tmp_path / 'file'} is a file; choose another folder"
+        assert line == f"error: output {tmp_path / output}: {tmp_path / 'file'} is a file; choose another folder"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_bytes(b"mine")
     for given in ((), ("--overwrite",)):
@@ -713,7 +713,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "all were there already" in invoke(*DIGITS, "--output", tmp_path / "out", "--overwrite")
     monkeypatch.setattr("os.access", lambda *_: False)
     line = invoke(*DIGITS, "--output", tmp_path / "new" / "folder", code=2)
-    assert line == f"error: --output {tmp_path}/new/folder: {tmp_path} cannot be written; choose another folder"
+    assert line == f"error: output {tmp_path}/new/folder: {tmp_path} cannot be written; choose another folder"
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,7 @@ def _cell(settings: Mapping[str, Any], common: Mapping[str, Any], names: list[st
     slug = "-".join(filter(None, (_UNSAFE.sub("-", word).strip("-.") for word in words)))
     digest = hashlib.sha256(_canonical(everything).encode()).hexdigest()[:8]
     key = f"{slug[:_SLUG].rstrip('-.') or 'cell'}-{digest}"
-    return Cell(dict(settings), common, key, ", ".join(_told(*item) for item in varies.items()) or "plain")
+    return Cell(dict(settings), common, key, ", ".join(shown(*item) for item in varies.items()) or "plain")
 
 
 def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
@@ -273,8 +273,8 @@ def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
         yield f"{name.partition('.')[2]}={value}" if "." in name else str(value)
 
 
-def _told(name: str, value: Any) -> str:  # noqa: ANN401
-    """A setting for people."""
+def shown(name: str, value: Any) -> str:  # noqa: ANN401
+    """Returns a setting for people, with what it is of."""
     if name == "steps":
         return f"{value} step{'' if value == 1 else 's'}"
     if name == "guidance_scale":

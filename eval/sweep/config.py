@@ -43,6 +43,9 @@ class Search(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32, description=f"a whole number from 0 to {2**32 - 1}")
 
 
+Source = str | PathLike[str] | Mapping[str, Any]
+
+
 class SweepConfig(BaseModel):
     """A sweep, as `read` makes it: the fields of its file, see ``docs/sweeps.md``, with axes as a list of mappings.
 
@@ -91,10 +94,12 @@ class SweepConfig(BaseModel):
         [], description="a list of trackers such as [tensorboard]"
     )
     retries: int = Field(2, ge=0, description="a whole number of at least 0")
+    heartbeat: int = Field(15, ge=1, le=3600, description="a whole number of seconds from 1 to 3600")
     axes: Annotated[list[dict[str, list[Any] | Range]], BeforeValidator(normalised)] = Field(
         description="a mapping from settings to lists of values"
     )
     _file: Path | None = PrivateAttr(None)
+    _base: Path = PrivateAttr(Path())
 
     @property
     def file(self) -> Path | None:
@@ -103,7 +108,12 @@ class SweepConfig(BaseModel):
 
     def path(self, text: str) -> Path:
         """Returns the path of a file that the sweep names: beside its own file, or for a mapping in the current folder."""
-        return Path(text) if self._file is None else self._file.parent / text
+        return self._base / text
+
+    def source(self) -> dict[str, Any]:
+        """Returns a mapping that `read` makes the same sweep of."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return {**data, "axes": data["axes"][0] if len(data["axes"]) == 1 else data["axes"]}
 
     def cells(self) -> list[Cell]:
         """Returns the cells of a grid, see `flowkit.eval.sweep.cells.expand`."""
@@ -122,11 +132,12 @@ class SweepConfig(BaseModel):
         return identity.describe(self)
 
 
-def read(source: str | PathLike[str] | Mapping[str, Any]) -> SweepConfig:
+def read(source: Source, base: Path | None = None) -> SweepConfig:
     """Reads a sweep and checks all that can be told without loading a model.
 
     Args:
         source: a YAML file, or its content as a mapping of Python.
+        base: folder that the paths of a mapping start from; None means the current one.
 
     Raises:
         FileNotFoundError: where there is no file.
@@ -144,7 +155,7 @@ def read(source: str | PathLike[str] | Mapping[str, Any]) -> SweepConfig:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
         raise places.error(_told(error, data, places)) from error
-    config._file = file
+    config._file, config._base = file, base or (Path() if file is None else file.parent)
     if faults := list(checks.check(config)):
         one = isinstance(data["axes"], dict)
         raise places.error([_as_written(fault) if one else fault for fault in faults])

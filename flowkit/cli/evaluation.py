@@ -20,13 +20,13 @@ from flowkit import eval as evaluation
 from flowkit.cli import USER_ERRORS
 from flowkit.cli.options import Options
 from flowkit.cli.sample import agreed, join, open_model
-from flowkit.cli.store import check_writable
 from flowkit.eval import runs, weight_files
 from flowkit.eval.images import images
 from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import PeerError
 from flowkit.eval.references import Extractor
 from flowkit.pipelines import loading
+from flowkit.weights import check_writable
 
 
 @dataclass(frozen=True)
