@@ -6,26 +6,20 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flowkit.eval import chart, tables
+from flowkit.eval import report_paired as paired
 from flowkit.eval import report_table as table
+from flowkit.eval.report_front import choices, front, plots
 from flowkit.eval.report_rows import Results, read
+from flowkit.eval.report_spec import outline, split
 from flowkit.weights import write_bytes
 
 EXPORTS = {"markdown": "md", "csv": "csv", "latex": "tex"}  # formats that the page offers, and the files' endings
-MOST_LINES = 12  # of a provenance; more unfold
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A specification as it is shown: (key, text) lines, and what is too long for that as groups to unfold."""
-
-    lines: list[tuple[str, str]]
-    groups: list[tuple[str, Outline]]
 
 
 def write_report(directory: str | os.PathLike[str]) -> Path:
@@ -85,7 +79,7 @@ def _page(results: Results) -> dict[str, Any]:
     """Everything the template draws."""
     rows, columns = results.rows, table.columns(results)
     figures = {column.key: column for column in columns if column.kind == "metric"}
-    shared, own = table.outline_parts([row.spec for row in rows if row.spec])
+    shared, own = split([row.spec for row in rows if row.spec])
     with_spec = [number for number, row in enumerate(rows) if row.spec]
     style, script = ((Path(__file__).parent / f"report.{ending}").read_text("utf-8") for ending in ("css", "js"))
     return {
@@ -95,20 +89,20 @@ def _page(results: Results) -> dict[str, Any]:
         "columns": columns,
         "filters": [(i, c, _options(c)) for i, c in enumerate(columns, 1) if c.kind == "setting"],
         "constant": [(table.setting_label(key), text) for key, text in table.constant(rows).items()],
-        "choices": table.choices(results),
+        "choices": choices(results),
         "wanted": next((figures[o.key] for o in results.objectives if o.key in figures), None),
-        "front": set(table.front(rows, results.objectives)),
-        "plots": [(plot, figures[plot.key]) for plot in table.plots(results)],
+        "front": set(front(rows, results.objectives)),
+        "plots": [(plot, figures[plot.key]) for plot in plots(results)],
         "pictures": results.pictures,
         "baseline": results.baseline,
-        "compared": table.compared(results),
-        "candidates": table.candidates(results),
+        "compared": paired.compared(results),
+        "candidates": paired.candidates(results),
         "intervals": any(cell.interval for column in figures.values() for cell in column.cells),
         "failed": [number for number, row in enumerate(rows) if row.error],
         "least": max(230, *(min(64 * row.picture.width / row.picture.height, 600) for row in rows if row.picture), 0),
-        "spec": _outline(results.spec),
-        "shared": _outline(shared),
-        "row_specs": [(number, _outline(spec)) for number, spec in zip(with_spec, own, strict=True) if spec],
+        "spec": outline(results.spec),
+        "shared": outline(shared),
+        "row_specs": [(number, outline(spec)) for number, spec in zip(with_spec, own, strict=True) if spec],
         "geometry": chart,
         "exports": EXPORTS,
         "data": _embedded(_data(results)),
@@ -128,15 +122,15 @@ def _options(column: table.Column) -> list[tuple[str, str]]:
 def _data(results: Results) -> dict[str, Any]:
     """What the script needs beyond the table: the parts of differences, and the lines of the exports."""
     figures: dict[str, Any] = {}
-    for key in table.compared(results):
-        found = [table.measured(row, key) for row in results.rows]
+    for key in paired.compared(results):
+        found = [row.measured(key) for row in results.rows]
         figures[key] = {
             "lower": results.metrics[key].lower,
-            "rows": [[m.value, table.places(m.se or 0.0), m.left_out] if m.left_out else None for m in found],
+            "rows": [[m.value, paired.places(m.se or 0.0), m.left_out] if m.left_out else None for m in found],
         }
     return {
         "baseline": results.baseline,
-        "students": table.students(results.rows),
+        "students": paired.students(results.rows),
         "pairs": [row.pairs for row in results.rows],
         "figures": figures,
         "exports": {name: asdict(tables.lines(results, name)) | {"file": end} for name, end in EXPORTS.items()},
@@ -146,23 +140,3 @@ def _data(results: Results) -> dict[str, Any]:
 def _embedded(data: Mapping[str, Any]) -> str:
     """JSON that cannot end the element it stands in."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _outline(entry: Mapping[str, Any]) -> Outline:
-    outline = Outline([], [])
-    for key, value in entry.items():
-        lines = list(_flatten(key, value))
-        if isinstance(value, dict) and len(lines) > MOST_LINES:
-            outline.groups.append((key, _outline(value)))
-        else:
-            outline.lines.extend(lines)
-    return outline
-
-
-def _flatten(key: str, value: object) -> Iterator[tuple[str, str]]:
-    """Nested objects as (dotted key, text) pairs, in order."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _flatten(f"{key}.{name}", inner)
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

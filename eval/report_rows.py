@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from flowkit.eval.intervals import jackknife_error
+
 Object = Mapping[str, Any]
 Scalar = str | int | float | bool | None
 HIGHER_IS_BETTER = frozenset({"is", "clip", "precision", "recall", "density", "coverage", "accuracy"})
@@ -56,7 +58,11 @@ class Row:
         """Returns what an objective's key stands for: "evaluations", "seconds" or a metric."""
         if key == "evaluations":
             return self.evaluations
-        return self.seconds if key == "seconds" else self.metrics.get(key, Measurement()).value
+        return self.seconds if key == "seconds" else self.measured(key).value
+
+    def measured(self, key: str) -> Measurement:
+        """Returns a metric, all unknown where the row does not have it."""
+        return self.metrics.get(key, Measurement())
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Objective:
 
     key: str
     lower: bool
+
+    @property
+    def better(self) -> str:
+        """The direction as a word."""
+        return "lower" if self.lower else "higher"
 
 
 @dataclass(frozen=True)
@@ -154,9 +165,10 @@ def _measurement(entry: Object, where: str) -> Measurement:
         raise _wrong(left_out, "a list of at least 2 numbers", f"{where}.left_out")
     values = [_number({"left_out": value}, "left_out", where) for value in left_out]
     known = tuple(value for value in values if value is not None)
-    return Measurement(
-        _number(entry, "value", where), _number(entry, "se", where), known if len(known) == len(values) else ()
-    )
+    value, se = _number(entry, "value", where), _number(entry, "se", where)
+    if value is None or len(known) < len(values):
+        return Measurement(value, se)
+    return Measurement(value, jackknife_error(known) if known and se is None else se, known)
 
 
 def _objectives(results: Object, rows: Sequence[Row]) -> list[Objective]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowkit.eval import report_table as table
+from flowkit.eval.report_paired import MINUS, Difference, bounds, compared, difference
 from flowkit.eval.report_rows import Results, Row, read
 
 FORMATS = ("markdown", "csv", "latex", "json")
@@ -31,7 +32,7 @@ _LATEX = {
     '"': r"\textquotedbl{}",
     "[": "{[}",  # at the beginning of a line it would be an argument of the line before, and so would a star
     STAR: "{*}",
-    table.MINUS: "$-$",
+    MINUS: "$-$",
     table.MISSING: "--",
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
     **{c: f"\\{c}" for c in "{}$&#_%"},
@@ -98,7 +99,7 @@ def export(directory: str | os.PathLike[str], format: str) -> str:  # noqa: A002
 def lines(results: Results, format: str) -> Lines:  # noqa: A002
     """Returns the parts of the table in "markdown", "csv" or "latex"."""
     columns = [column for column in table.columns(results) if column.kind != "difference"]
-    keys = table.compared(results)
+    keys = compared(results)
     if format == "csv":
         records = [_record(results, i) for i in range(len(results.rows))]
         heads = [key for key in records[0] if any(record[key] is not None for record in records)]
@@ -126,7 +127,7 @@ def lines(results: Results, format: str) -> Lines:  # noqa: A002
         separator,
         end,
         close,
-        {c: escape(c) for c in (table.MINUS, table.MISSING, STAR) if escape(c) != c},
+        {c: escape(c) for c in (MINUS, table.MISSING, STAR) if escape(c) != c},
         raw=False,
     )
 
@@ -156,22 +157,22 @@ def _record(results: Results, number: int) -> dict[str, Any]:
         record[f"setting_{key}" if key in taken else key] = row.settings.get(key)
     record["evaluations"] = row.evaluations
     for key in results.metrics:
-        figure, ends = table.measured(row, key), table.bounds(row, key) or (None, None)
+        figure, ends = row.measured(key), bounds(row, key) or (None, None)
         record |= {key: figure.value, f"{key}_se": figure.se, f"{key}_low": ends[0], f"{key}_high": ends[1]}
     return record | {"seconds": row.seconds, "error": row.error or None}
 
 
 def _raw_differences(results: Results, number: int) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for key in table.compared(results):
+    for key in compared(results):
         found = _difference(results, number, key)
         values = (found.value, found.low, found.high) if found else (None, None, None)
         record |= {f"{key}_{part}": value for part, value in zip(_PARTS, values, strict=True)}
     return record | ({"baseline": results.rows[results.baseline or 0].name} if record else {})
 
 
-def _difference(results: Results, number: int, key: str) -> table.Difference | None:
-    return table.difference(results.rows, number, results.baseline or 0, key, results.metrics[key].lower)
+def _difference(results: Results, number: int, key: str) -> Difference | None:
+    return difference(results.rows, number, results.baseline or 0, key, results.metrics[key].lower)
 
 
 def _called(row: Row) -> str:
