@@ -72,12 +72,15 @@ heads.forEach((head, column) => head.querySelector("button").addEventListener("c
 
 // Filters.
 const tools = document.querySelector(".tools");
-const words = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+const texts = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase()]));
+const numbers = new Map(rows.map((row) => [row, new Set(texts.get(row).split(/[^\w.]+/))]));
+// A number is looked for as a whole, a word in any part of a text.
+const holds = (row, word) => /^[\d.]+$/.test(word) ? numbers.get(row).has(word) : texts.get(row).includes(word);
 
 function filter() {
   const asked = tools.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
   const chosen = all("select", tools).filter((select) => select.value);
-  const fits = (row) => asked.every((word) => words.get(row).includes(word))
+  const fits = (row) => asked.every((word) => holds(row, word))
     && chosen.every((select) => (row.cells[select.dataset.column].dataset.key || "missing") === select.value);
   rows.forEach((row) => { row.hidden = !fits(row); });
   const shown = new Set(rows.filter((row) => !row.hidden).map(numberOf));

@@ -207,8 +207,8 @@ _TEXT: dict[str, tuple[Callable[[str], str], str, str, str]] = {
 def _csv_line(values: Iterable[Any]) -> str:
     """Values with commas between them; a text that a spreadsheet would take for a formula begins with an apostrophe."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(
+    csv.writer(buffer, lineterminator="\r\n").writerow(
         f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@") else value
         for value in values
     )
-    return buffer.getvalue()
+    return buffer.getvalue().removesuffix("\r\n")

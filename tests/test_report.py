@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from flowkit.eval import chart
 from flowkit.eval.report import write_report
+
+from . import pages
 
 RESULTS: dict[str, Any] = {
     "title": "A <b>title</b> & more",
@@ -201,35 +202,15 @@ def test_numbered_points_do_not_cover_each_other() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium: the one on the path, or the one playwright has installed."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
-        if not Path(found).exists():
-            pytest.skip(
-                "no Chromium: install one (Debian: apt-get install chromium), or run `playwright install chromium`"
-            )
-        browser = playwright.chromium.launch(executable_path=found)
+    with pages.chromium() as browser:
         yield browser
-        browser.close()
 
 
-@pytest.fixture(params=[(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
+@pytest.fixture(params=pages.SIZES, ids=pages.NAMES)
 def page(request: pytest.FixtureRequest, browser: Browser, job: Path) -> Iterator[Page]:
-    """The report, opened; complaints and requests fail the test that opened it."""
-    width, height, scheme = request.param
-    context = browser.new_context(viewport=ViewportSize(width=width, height=height), color_scheme=scheme)
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
-    path = write_report(job).as_uri()
-    page.on("request", lambda sent: complaints.append(sent.url) if not sent.url.startswith(("data:", path)) else None)
-    page.goto(path)
-    yield page
-    context.close()
-    assert not complaints
+    """The report, opened."""
+    with pages.opened(browser, write_report(job), *request.param) as page:
+        yield page
 
 
 def _names(page: Page) -> list[str]:
