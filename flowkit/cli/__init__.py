@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from flowkit.cli.fid import fid
+from flowkit.cli.report import report
 
 # What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
 # memory.
@@ -370,6 +371,7 @@ def _sample(
 
 
 app.add_typer(fid, name="fid")
+app.command("report")(report)
 
 
 def main() -> None:
