@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from flowkit.eval.intervals import jackknife_error
+from flowkit.eval.metrics import lower_is_better
 
 Object = Mapping[str, Any]
 Scalar = str | int | float | bool | None
-HIGHER_IS_BETTER = frozenset({"is", "clip", "precision", "recall", "density", "coverage", "accuracy"})
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -116,7 +116,7 @@ def read(directory: Path) -> Results:
     ]
     asked = _objectives(results, rows)
     keys = dict.fromkeys(key for row in rows for key in row.metrics)
-    metrics = {key: Objective(key, _lower(key)) for key in keys}
+    metrics = {key: Objective(key, lower_is_better(key)) for key in keys}
     metrics.update((objective.key, objective) for objective in asked if objective.key in metrics)
     first = next(iter(metrics.values()), None)
     objectives = asked or ([first, Objective("evaluations", True)] if first else [])
@@ -183,10 +183,6 @@ def _objectives(results: Object, rows: Sequence[Row]) -> list[Objective]:
             raise _wrong(key, f"one of {', '.join(sorted(known))}", f"{where}.key")
         objectives.append(Objective(key, direction == "lower"))
     return objectives
-
-
-def _lower(key: str) -> bool:
-    return key.partition("/")[0] not in HIGHER_IS_BETTER
 
 
 def _baseline(name: str, rows: Sequence[Row], first: Objective | None) -> int | None:

@@ -65,6 +65,8 @@ def costs(config: SweepConfig, output: Path, bar: Progress) -> list[Cost]:
         for cell in alike:
             share = (cell.get("steps") or 1) / (cheapest.get("steps") or 1)
             found[cell.key] = Cost(cell, evaluations * share, seconds * share, cell is cheapest)
+        for probe in (shown for shown in bar.task_ids if shown != task):
+            bar.remove_task(probe)
         bar.advance(task)
     return [found[cell.key] for cell in cells]
 
