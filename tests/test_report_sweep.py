@@ -376,7 +376,7 @@ def test_each_row_tells_how_to_repeat_it(desktop: Page) -> None:
     assert desktop.get_by_text("extractor.weights_sha256").is_visible()
 
 
-_leaves = st.integers(0, 2) | st.just({})
+_leaves: st.SearchStrategy[Any] = st.integers(0, 2) | st.just({})
 _specs = st.recursive(
     st.dictionaries(st.sampled_from("abc"), _leaves, max_size=3),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner | _leaves, max_size=3),

@@ -100,7 +100,7 @@ class _Book:
         entries = self._study.entries()
         summary.write(self._config, entries, self._place)
         count, text = self._show(entries, "cells"), summary.line(self._config, result)
-        self._bar.console.print(f"{count}/{len(entries)} {claim.cell.name}: {text}", highlight=False, markup=False)
+        self._say(f"{count}/{len(entries)} {claim.cell.name}: {text}")
 
     def failed(self, error: BaseException, stop: bool) -> None:
         """Writes down why a cell failed; where the worker stops, gives it back."""
@@ -110,7 +110,11 @@ class _Book:
             return
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self._study.fail(claim, text[:2000])
-        self._bar.console.print(f"failed: {claim.cell.name}: {text[:300]}", highlight=False, markup=False)
+        self._say(f"failed: {claim.cell.name}: {text[:300]}")
+
+    def _say(self, text: str) -> None:
+        if not self._bar.disable:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _released(self) -> Claim:
         self._alive.close()

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # type: ignore[import-untyped]
 
 from flowkit.eval.sweep.config import SweepConfig
 from flowkit.eval.sweep.study import Claim
@@ -25,7 +24,6 @@ class Trackers(AbstractContextManager["Trackers"]):
         output: its folder, where trackers that write files do so.
 
     Raises:
-        ValueError: for a tracker that accelerate does not know.
         ImportError: for one that is not installed.
     """
 
@@ -33,9 +31,6 @@ class Trackers(AbstractContextManager["Trackers"]):
         self._accelerator: Accelerator | None = None
         if not config.trackers:
             return
-        known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
-        if unknown := [name for name in config.trackers if name not in known]:
-            raise ValueError(f"unknown tracker {unknown[0]!r}; choose {', '.join(sorted(known))}")
         accelerator = Accelerator(log_with=config.trackers, project_dir=str(output / FOLDER))
         there = [str(name) for name in accelerator.log_with]
         if absent := [name for name in config.trackers if name not in there]:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flowkit import assets
-from flowkit.eval import tables
 from flowkit.eval.results import Result
 from flowkit.eval.sweep import folder as folders
 from flowkit.eval.sweep import planning, summary
@@ -22,6 +21,7 @@ from flowkit.eval.sweep.config import SweepConfig, read
 from flowkit.eval.sweep.runner import run as run_sweep
 from flowkit.eval.sweep.storage import storage_url
 from flowkit.eval.sweep.study import Entry, Study
+from flowkit.eval.tables import export as export_table
 from flowkit.progress import bar, duration
 from flowkit.weights import write_bytes
 
@@ -117,7 +117,7 @@ def export(folder: Path, file_format: str, output: Path | None, storage: str | N
     """Carries out ``flowkit sweep export``."""
     config, entries = _entries(folder, storage)
     summary.write(config, entries, folder)
-    text = tables.export(folder, file_format)
+    text = export_table(folder, file_format)
     if output is None:
         typer.echo(text, nl=False)
     else:
