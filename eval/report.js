@@ -94,6 +94,14 @@ if (tools) {
   tools.addEventListener("input", filter);
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.addEventListener("reset", () => setTimeout(filter));
+  // A link to a row that is filtered out shows all rows again.
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (link && document.getElementById(link.getAttribute("href").slice(1))?.hidden) {
+      tools.reset();
+      filter();
+    }
+  });
 }
 
 // Export: lines made in Python, joined here; see flowkit/eval/tables.py.

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from . import pages
 from .scripts import script_module
 
 CELLS = 24
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "report.py"
+ROOT = Path(__file__).parents[1]
+BENCHMARK = ROOT / "benchmarks" / "report.py"
+DOCS = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +330,15 @@ def test_a_filter_acts_on_table_plots_and_pictures(page: Page) -> None:
     assert _shown_names(page) == everything
 
 
+def test_a_link_to_a_hidden_row_shows_it(page: Page) -> None:
+    link = page.locator(".choices .pick a").first
+    page.get_by_role("searchbox").fill("nothing has this")
+    assert _shown_names(page) == []
+    link.click()
+    assert page.locator(f"tr{link.get_attribute('href')}").is_visible()
+    assert page.locator(".tools output").text_content() == f"{CELLS} of {CELLS} rows"
+
+
 def test_failed_rows_come_last_and_are_told(page: Page) -> None:
     (failed,) = [name for name in _shown_names(page) if name == _shown_names(page)[-1]]
     assert page.locator("tbody tr.failed .name").all_text_contents() == [failed]
@@ -376,7 +389,7 @@ def test_each_row_tells_how_to_repeat_it(desktop: Page) -> None:
     assert desktop.get_by_text("extractor.weights_sha256").is_visible()
 
 
-_leaves = st.integers(0, 2) | st.just({})
+_leaves: st.SearchStrategy[Any] = st.integers(0, 2) | st.just({})
 _specs = st.recursive(
     st.dictionaries(st.sampled_from("abc"), _leaves, max_size=3),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner | _leaves, max_size=3),
@@ -595,7 +608,7 @@ def test_latex_cells_stay_cells(nasty: Path) -> None:
         assert not line.startswith(("[", "*"))
 
 
-# The command
+# The command and its page of the documentation
 
 
 def test_the_command_writes_the_page_and_prints_the_table(tmp_path: Path) -> None:
@@ -608,3 +621,23 @@ def test_the_command_writes_the_page_and_prints_the_table(tmp_path: Path) -> Non
     done = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
     assert done.exit_code == 2
     assert "give the output folder of a finished job" in done.output
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance of")
+def test_the_docs_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    exec(compile(code, "docs/report.md", "exec"), {})
+    results = read(tmp_path / "runs")
+    assert report_paired.compared(results) == ["fid"]
+    assert results.baseline == 2
+    assert "How many steps" in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_the_docs_show_what_the_benchmark_prints() -> None:
+    (shown,) = re.findall(r"<!-- printed by `python benchmarks/report.py --table` -->\n((?:.*\n)*?)<!-- end -->", DOCS)
+    command = [sys.executable, "benchmarks/report.py", "--table"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == shown
+    rows = {row["cells"]: row for row in json.loads(BENCHMARK.with_suffix(".json").read_text())["rows"]}
+    assert rows[100]["megabytes"] < 8
+    assert rows[100]["open_ms"] < 2000
