@@ -279,6 +279,19 @@ def test_settings_that_vary_are_columns_and_the_rest_is_said_once(tmp_path: Path
         assert _shown_names(page) == ["unipc"]
 
 
+def test_numbers_that_are_none_are_unknown(tmp_path: Path) -> None:
+    rows = _rows(_written(tmp_path))
+    for row, odd in zip(rows, (math.nan, 10**400, -1e200), strict=True):
+        row["settings"]["scale"] = odd
+        row["metrics"]["fid"]["left_out"][0] = odd
+    results = read(_written(tmp_path, rows=rows))
+    assert report_table.varying(results.rows) == ["solver", "scale"]
+    assert [row.measured("fid").left_out for row in results.rows] == [(), (), ()]
+    assert report_paired.compared(results) == []
+    assert json.loads(export(tmp_path, "json"))[0]["scale"] == "nan"
+    write_report(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
