@@ -245,7 +245,7 @@ def test_a_choice_names_the_rows_that_are_as_good(tmp_path: Path) -> None:
 def test_seconds_can_be_the_budget(tmp_path: Path) -> None:
     objectives = [{"key": "seconds", "direction": "lower"}, {"key": "fid", "direction": "lower"}]
     found = choices(read(_written(tmp_path, objectives=objectives)))
-    assert [(c.number, c.budget) for c in found] == [(2, "8.0 s"), (1, "16.0 s")]
+    assert [(c.number, c.budget) for c in found] == [(2, "8.0\N{NO-BREAK SPACE}s"), (1, "16.0\N{NO-BREAK SPACE}s")]
 
 
 def test_a_metric_against_a_metric_has_a_plot(tmp_path: Path, browser: Browser) -> None:
@@ -327,6 +327,19 @@ def test_nothing_is_cut_off_and_pictures_are_there(page: Page) -> None:
     assert pages.nothing_is_cut_off(page)
     assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth === 1024)")
     assert page.locator(".samples figure:visible").count() == CELLS - 1
+
+
+def test_a_difference_stands_beside_its_metric(page: Page) -> None:
+    places = (
+        page.locator("tbody tr")
+        .first.locator("td.metric")
+        .evaluate_all(
+            "(cells) => cells.map((cell) => [cell.getBoundingClientRect().left, cell.getBoundingClientRect().top])"
+        )
+    )
+    for (left, top), (right, level) in zip(places[::2], places[1::2], strict=True):
+        assert left < right
+        assert top == pytest.approx(level, abs=1)
 
 
 def test_a_filter_acts_on_table_plots_and_pictures(page: Page) -> None:
