@@ -1,6 +1,6 @@
 """What a report of many cells weighs, and how fast it opens, sorts and filters in headless Chromium.
 
-    python benchmarks/report.py          # under a minute; prints a table and writes benchmarks/report.json
+    python benchmarks/report.py          # about a minute; writes benchmarks/report.json and prints its table
 
 The results are made up: every cell has two metrics with delete-one values, a provenance, and a picture of 8 samples of 128 pixels
 as a JPEG of about 40 kB; some cells have failed. Opening is timed from the navigation to the end of the load event, sorting and
@@ -9,6 +9,7 @@ filtering from the event to the second frame after it, which is drawn with the r
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -32,10 +33,14 @@ SOLVERS = ("euler", "heun", "midpoint", "dpmpp2m", "unipc")
 GUIDANCE = ("none", "AdaptiveGuidance(threshold=0.991)", "IntervalGuidance(low=0.2, high=0.8)")
 STEPS = (4, 6, 8, 12, 16, 24, 32)
 
+SORT = "document.querySelectorAll('th button')[6].click();"
+FILTER = """const box = document.querySelector('[type=search]');
+  box.value = 'heun';
+  box.dispatchEvent(new Event('input', {bubbles: true}));"""
 # Resolves with the milliseconds from an event to the second frame after it.
-TIMED = """(act) => new Promise((done) => {
+TIMED = """() => new Promise((done) => {
   const start = performance.now();
-  eval(act);
+  %s
   requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
 })"""
 
@@ -113,16 +118,28 @@ def measure(browser: Browser, page_file: Path) -> dict[str, float]:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(page_file.as_uri())
     opened = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
-    sort = page.evaluate(TIMED, "document.querySelectorAll('th button')[6].click()")
-    search = "const box = document.querySelector('[type=search]'); box.value = 'heun'; "
-    search += "box.dispatchEvent(new Event('input', {bubbles: true}))"
-    found = {"open_ms": opened, "sort_ms": sort, "filter_ms": page.evaluate(TIMED, search)}
+    found = {"open_ms": opened, "sort_ms": page.evaluate(TIMED % SORT), "filter_ms": page.evaluate(TIMED % FILTER)}
     page.close()
     return found
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    lines = ["| cells | size | written in | opens in | sorts in | filters in |", f"|{' ---: |' * 6}"]
+    for row in rows:
+        times = " | ".join(f"{row[key]} ms" for key in ("open_ms", "sort_ms", "filter_ms"))
+        lines.append(f"| {row['cells']} | {row['megabytes']} MB | {row['write_s']} s | {times} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Builds and opens reports of each size, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description="Measure what a report weighs and how fast it is.")
+    parser.add_argument("--table", action="store_true", help="print the table of the committed JSON, measure nothing")
+    file = Path(__file__).with_suffix(".json")
+    if parser.parse_args().table:
+        print(table(json.loads(file.read_text())["rows"]))
+        return
     rows = []
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(
@@ -139,14 +156,8 @@ def main() -> None:
             rows.append(row)
         made_on = {"chromium": browser.version, "machine": platform.machine(), "python": platform.python_version()}
         browser.close()
-    print(
-        "| cells | size | written in | opens in | sorts in | filters in |\n| ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
-    for row in rows:
-        times = " | ".join(f"{row[key]} ms" for key in ("open_ms", "sort_ms", "filter_ms"))
-        print(f"| {row['cells']} | {row['megabytes']} MB | {row['write_s']} s | {times} |")
-    content = json.dumps({"made_on": made_on, "rows": rows}, indent=1) + "\n"
-    write_bytes(Path(__file__).with_suffix(".json"), content.encode())
+    write_bytes(file, (json.dumps({"made_on": made_on, "rows": rows}, indent=1) + "\n").encode())
+    print(table(rows))
 
 
 if __name__ == "__main__":

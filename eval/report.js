@@ -55,7 +55,7 @@ all("input[name=baseline]").forEach((input) => input.addEventListener("change", 
 
 // Sorting: failed rows last, then missing values, whatever the direction.
 const heads = all("th");
-const inOrder = all("[data-shows]").filter((part) => part.matches("figure"));
+const figures = all("[data-shows]").filter((part) => part.matches("figure"));
 heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
   const up = head.getAttribute("aria-sort") !== "ascending";
   heads.forEach((other) => other.removeAttribute("aria-sort"));
@@ -65,8 +65,8 @@ heads.forEach((head, column) => head.querySelector("button").addEventListener("c
     || (up ? 1 : -1) * (key(a) - key(b)) || numberOf(a) - numberOf(b));
   body.append(...rows);
   const place = new Map(rows.map((row, i) => [numberOf(row), i]));
-  inOrder.sort((a, b) => place.get(numberOf(a)) - place.get(numberOf(b)));
-  if (inOrder.length) inOrder[0].parentElement.append(...inOrder);
+  figures.sort((a, b) => place.get(numberOf(a)) - place.get(numberOf(b)));
+  if (figures.length) figures[0].parentElement.append(...figures);
   write();
 }));
 
@@ -94,6 +94,14 @@ if (tools) {
   tools.addEventListener("input", filter);
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.addEventListener("reset", () => setTimeout(filter));
+  // A link to a row that is filtered out shows all rows again.
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (link && document.getElementById(link.getAttribute("href").slice(1))?.hidden) {
+      tools.reset();
+      filter();
+    }
+  });
 }
 
 // Export: lines made in Python, joined here; see flowkit/eval/tables.py.

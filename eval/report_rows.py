@@ -19,6 +19,7 @@ from flowkit.eval.metrics import lower_is_better
 Object = Mapping[str, Any]
 Scalar = str | int | float | bool | None
 FORMATS = ("PNG", "JPEG", "WEBP")
+MOST = 1e150
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def _row(entry: Object, where: str, directory: Path) -> Row:
     for key, value in settings.items():
         if isinstance(value, dict | list):
             raise _wrong(value, "a string, a number, true, false or null", f"{where}.settings.{key}")
+        if isinstance(value, int | float) and not abs(value) < MOST:
+            settings[key] = str(value)
     steps = _number(entry, "steps", where)
     if steps is not None and settings.setdefault("steps", steps) not in (None, steps):
         raise _wrong(settings["steps"], f"the {steps:g} of {where}.steps", f"{where}.settings.steps")
@@ -246,7 +249,7 @@ def _number(entry: Object, key: str, where: str) -> float | None:
     value = entry.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise _wrong(value, "a number", f"{where}.{key}")
-    return value if value is not None and abs(value) < 1e300 else None  # nan, inf and what no float holds are unknown
+    return value if value is not None and abs(value) < MOST else None  # nan, inf and what no square holds are unknown
 
 
 def _object(entry: Object, key: str, where: str) -> Object:

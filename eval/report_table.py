@@ -12,6 +12,7 @@ from flowkit.eval.report_rows import Objective, Results, Row, Scalar
 # "fid" is the Fréchet distance in whatever extractor was used, hence FD; a part after the slash names another space.
 LABELS = {"fid": "FD", "kid": "KID", "cmmd": "CMMD", "is": "Inception score", "clip": "CLIP score"}
 MISSING = "\N{EN DASH}"
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,12 @@ def _plain(value: float | None) -> Cell:
 
 
 def duration(seconds: float | None) -> Cell:
-    """Returns a time as readers read it."""
+    """Returns a time as readers read it; a number stays with its unit."""
     if seconds is None:
         return Cell(MISSING, None)
     if seconds < 100:
-        return Cell(f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s", seconds)
+        return Cell(f"{seconds:.1f}{NBSP}s" if seconds >= 1 else f"{seconds:.2g}{NBSP}s", seconds)
     minutes, rest = divmod(round(seconds), 60)
-    return Cell(f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s", seconds)
+    if minutes < 60:
+        return Cell(f"{minutes}{NBSP}min {rest:02}{NBSP}s", seconds)
+    return Cell(f"{minutes // 60}{NBSP}h {minutes % 60:02}{NBSP}min", seconds)

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from . import pages
 from .scripts import script_module
 
 CELLS = 24
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "report.py"
+ROOT = Path(__file__).parents[1]
+BENCHMARK = ROOT / "benchmarks" / "report.py"
+DOCS = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +245,7 @@ def test_a_choice_names_the_rows_that_are_as_good(tmp_path: Path) -> None:
 def test_seconds_can_be_the_budget(tmp_path: Path) -> None:
     objectives = [{"key": "seconds", "direction": "lower"}, {"key": "fid", "direction": "lower"}]
     found = choices(read(_written(tmp_path, objectives=objectives)))
-    assert [(c.number, c.budget) for c in found] == [(2, "8.0 s"), (1, "16.0 s")]
+    assert [(c.number, c.budget) for c in found] == [(2, "8.0\N{NO-BREAK SPACE}s"), (1, "16.0\N{NO-BREAK SPACE}s")]
 
 
 def test_a_metric_against_a_metric_has_a_plot(tmp_path: Path, browser: Browser) -> None:
@@ -273,6 +277,19 @@ def test_settings_that_vary_are_columns_and_the_rest_is_said_once(tmp_path: Path
         assert page.get_by_text("The same in every row: Steps 4.").is_visible()
         page.locator("select").nth(1).select_option(label="–")  # noqa: RUF001
         assert _shown_names(page) == ["unipc"]
+
+
+def test_numbers_that_are_none_are_unknown(tmp_path: Path) -> None:
+    rows = _rows(_written(tmp_path))
+    for row, odd in zip(rows, (math.nan, 10**400, -1e200), strict=True):
+        row["settings"]["scale"] = odd
+        row["metrics"]["fid"]["left_out"][0] = odd
+    results = read(_written(tmp_path, rows=rows))
+    assert report_table.varying(results.rows) == ["solver", "scale"]
+    assert [row.measured("fid").left_out for row in results.rows] == [(), (), ()]
+    assert report_paired.compared(results) == []
+    assert json.loads(export(tmp_path, "json"))[0]["scale"] == "nan"
+    write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +329,19 @@ def test_nothing_is_cut_off_and_pictures_are_there(page: Page) -> None:
     assert page.locator(".samples figure:visible").count() == CELLS - 1
 
 
+def test_a_difference_stands_beside_its_metric(page: Page) -> None:
+    places = (
+        page.locator("tbody tr")
+        .first.locator("td.metric")
+        .evaluate_all(
+            "(cells) => cells.map((cell) => [cell.getBoundingClientRect().left, cell.getBoundingClientRect().top])"
+        )
+    )
+    for (left, top), (right, level) in zip(places[::2], places[1::2], strict=True):
+        assert left < right
+        assert top == pytest.approx(level, abs=1)
+
+
 def test_a_filter_acts_on_table_plots_and_pictures(page: Page) -> None:
     everything = _shown_names(page)
     page.get_by_label("Solver").select_option(label="heun")
@@ -324,6 +354,15 @@ def test_a_filter_acts_on_table_plots_and_pictures(page: Page) -> None:
     assert _shown_names(page) == [name for name in wanted if ", 6 steps" in name]
     page.get_by_role("button", name="Show all").click()
     assert _shown_names(page) == everything
+
+
+def test_a_link_to_a_hidden_row_shows_it(page: Page) -> None:
+    link = page.locator(".choices .pick a").first
+    page.get_by_role("searchbox").fill("nothing has this")
+    assert _shown_names(page) == []
+    link.click()
+    assert page.locator(f"tr{link.get_attribute('href')}").is_visible()
+    assert page.locator(".tools output").text_content() == f"{CELLS} of {CELLS} rows"
 
 
 def test_failed_rows_come_last_and_are_told(page: Page) -> None:
@@ -595,7 +634,7 @@ def test_latex_cells_stay_cells(nasty: Path) -> None:
         assert not line.startswith(("[", "*"))
 
 
-# The command
+# The command and its page of the documentation
 
 
 def test_the_command_writes_the_page_and_prints_the_table(tmp_path: Path) -> None:
@@ -608,3 +647,23 @@ def test_the_command_writes_the_page_and_prints_the_table(tmp_path: Path) -> Non
     done = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
     assert done.exit_code == 2
     assert "give the output folder of a finished job" in done.output
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance of")
+def test_the_docs_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    exec(compile(code, "docs/report.md", "exec"), {})
+    results = read(tmp_path / "runs")
+    assert report_paired.compared(results) == ["fid"]
+    assert results.baseline == 2
+    assert "How many steps" in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_the_docs_show_what_the_benchmark_prints() -> None:
+    (shown,) = re.findall(r"<!-- printed by `python benchmarks/report.py --table` -->\n((?:.*\n)*?)<!-- end -->", DOCS)
+    command = [sys.executable, "benchmarks/report.py", "--table"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == shown
+    rows = {row["cells"]: row for row in json.loads(BENCHMARK.with_suffix(".json").read_text())["rows"]}
+    assert rows[100]["megabytes"] < 8
+    assert rows[100]["open_ms"] < 2000
