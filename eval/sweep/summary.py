@@ -16,6 +16,7 @@ from flowkit.eval.sweep.study import Entry
 from flowkit.eval.sweep.worker import CELLS, find_picture
 
 RESULTS = "results.json"
+_WITHOUT = ("lora", "guidance")  # a cell may do without them
 
 
 def objectives(config: SweepConfig, result: Result | Mapping[str, Any]) -> dict[str, float]:
@@ -83,6 +84,7 @@ def results(config: SweepConfig, entries: Sequence[Entry], output: Path) -> dict
     done = sum(entry.state == "done" for entry in entries)
     failed = sum(entry.state == "failed" for entry in entries)
     count = f"{done} of {len(entries)} cells" + (f", {failed} failed" if failed else "")
+    names = list(dict.fromkeys(name for entry in entries if entry.cell is not None for name in entry.cell.settings))
     return {
         "title": str(config.name),
         "summary": (
@@ -91,7 +93,7 @@ def results(config: SweepConfig, entries: Sequence[Entry], output: Path) -> dict
         ),
         "objectives": [{"key": key, "direction": "lower" if lower_is_better(key) else "higher"} for key in config.objectives],
         "spec": {"sweep": config.describe(), **_shared(entries)},
-        "rows": [_row(entry, output) for entry in entries if entry.state in ("done", "failed") and entry.cell is not None],
+        "rows": [_row(entry, names, output) for entry in entries if entry.state in ("done", "failed") and entry.cell is not None],
     }  # fmt: skip
 
 
@@ -100,10 +102,11 @@ def _shared(entries: Sequence[Entry]) -> dict[str, Any]:
     return {} if first is None else {"versions": first["spec"]["versions"]}
 
 
-def _row(entry: Entry, output: Path) -> dict[str, Any]:
+def _row(entry: Entry, names: Sequence[str], output: Path) -> dict[str, Any]:
+    """A cell as a row, with all settings that vary anywhere in the sweep."""
     cell = entry.cell
     assert cell is not None
-    settings = {name: _plain(name, value) for name, value in cell.settings.items()}
+    settings = {name: _plain(name, cell.get(name)) for name in names if cell.get(name) is not None or name in _WITHOUT}
     row: dict[str, Any] = {"name": cell.name, "settings": settings}
     if entry.result is None:
         return {**row, "error": entry.error}
