@@ -1,7 +1,7 @@
 """YAML in which every value knows its line, so that a message can name it.
 
-What differs from PyYAML's safe loader: a key that stands twice is refused, ``1e-3`` and ``-.5`` are numbers, and what YAML 1.1 alone takes for
-one (``010``, ``1:30``) or for a date stays text.
+What differs from PyYAML's safe loader: a key that stands twice is refused, ``1e-3`` and ``-.5`` are numbers, and what YAML 1.1
+alone takes for one (``010``, ``1:30``) or for a date stays text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -24,11 +24,8 @@ Fault = tuple[Place, str]  # what is wrong, as it follows the name of the place:
 _CORE = "tag:yaml.org,2002:"
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _NUMBER = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
-_BYTES, _VALUES, _DEPTH = (
-    1_000_000,
-    500_000,
-    32,
-)  # a file of so many bytes holds no more values, unless aliases multiply them
+_BYTES, _DEPTH = 1_000_000, 32
+_VALUES = 500_000  # a file of so many bytes holds no more, unless aliases multiply them
 _SHOWN = 10
 
 
@@ -43,6 +40,7 @@ class Places:
 
     file: str | None = None
     root: yaml.Node | None = None
+    _keys: dict[int, dict[Any, tuple[yaml.Node, yaml.Node]]] = field(default_factory=dict)
 
     def line(self, place: Place) -> int | None:
         """Returns the line of a value, counted from 1: that of its key in a mapping; None where there is no file.
@@ -78,7 +76,11 @@ class Places:
         yield node, node
         for part in place:
             if isinstance(node, yaml.MappingNode):
-                pair = next((pair for pair in node.value if _scalar(pair[0]) == part), None)
+                if id(node) not in self._keys:
+                    self._keys[id(node)] = {
+                        key.value: (key, value) for key, value in reversed(node.value) if _is_name(key)
+                    }
+                pair = self._keys[id(node)].get(part)
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 pair = node.value[part], node.value[part]
             else:
@@ -206,7 +208,7 @@ class _Values:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = _scalar(key_node), key_node.start_mark.line + 1
-            if not isinstance(key, str) or key_node.tag == f"{_CORE}merge":
+            if not _is_name(key_node):
                 why = "merges are not read; write the fields out" if key == "<<" else "names are text; put it in quotes"
                 self.faults.append((place, f"has the key {shown(key)} in line {line}, and {why}"))
             elif key in lines:
@@ -215,6 +217,10 @@ class _Values:
                 lines[key] = line
                 values[key] = self.of(value_node, (*place, key))
         return values
+
+
+def _is_name(node: yaml.Node) -> bool:
+    return isinstance(_scalar(node), str) and node.tag != f"{_CORE}merge"
 
 
 def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401
