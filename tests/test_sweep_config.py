@@ -81,6 +81,8 @@ FIELDS = [
     ("grid: four.json", "grid cannot be used: no grid file at"),
     ("lora: adapters/none.safetensors", "lora cannot be used: there is no LoRA 'adapters/none.safetensors'"),
     ("lora: sweep.yaml", "lora cannot be used: "),
+    ("lora: .", "lora cannot be used: . holds no .safetensors; give a LoRA's folder or file"),
+    ("seed: 18446744073709551616", "seed is a number of 20 digits; give a smaller one"),
     ("guidance_scale: high", 'guidance_scale is "high", not a number'),
     ("guidance_scale: .inf", "guidance_scale is inf; give a finite number"),
     ("guidance_scale: .nan", "guidance_scale is nan; give a finite number"),
@@ -290,7 +292,7 @@ HOSTILE = [
     (b"seed: " + b"9" * 5000, 'line 1: seed is "9999'),
     (b"seed: !!set {a, b}\n", "line 1: seed has the tag"),
     (b"? [a, b]\n: 3\n", "the sweep has the key [] in line 1"),
-    (b"%TAG ! tag:yaml.org,2002:python/\n---\nseed: !object/apply:os.system ['touch owned']\n", "line 3: seed has the tag"),
+    (b"%TAG ! tag:yaml.org,2002:python/\n---\nseed: !object/apply:os.system [ls]\n", "line 3: seed has the tag"),
 ]  # fmt: skip
 
 
@@ -300,6 +302,40 @@ def test_hostile_files_are_refused(content: bytes, message: str, tmp_path: Path)
     told = refusal(tmp_path / "sweep.yaml")
     assert told.startswith("sweep.yaml")
     assert message in told
+
+
+EDITS = ["[", "]", "{", "}", ": ", ", ", "- ", "\n", "\n  ", "none", "true", "-1", ".inf", "1e3", "'", '"', "&a ", "*a",
+         "!!str ", "| ", "# ", "? ", "~", "<<", "9" * 30, "axes", "steps", "low", "digits", "knobs.", "\u00e9", "@"]  # fmt: skip
+EDITED = f"""{BASE}search: {{sampler: tpe, trials: 3}}
+knobs: {{eta: 1}}
+axes:
+  steps: {{low: 2, high: 32, step: 1, log: true}}
+  guidance_scale: [1.0, 3]
+  guidance: [none, {{method: AdaptiveGuidance, threshold: 0.99}}]
+"""
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, len(EDITED)), st.integers(0, 6), st.sampled_from(EDITS)), min_size=1, max_size=4)
+)
+@settings(max_examples=300, deadline=None)
+def test_an_edited_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, str]]
+) -> None:
+    text = EDITED
+    for place, dropped, put in edits:
+        text = text[:place] + put + text[place + dropped :]
+    path = write(tmp_path_factory.getbasetemp(), text, "edited.yaml")
+    told = ""
+    try:
+        described = read(path).describe()
+    except ValueError as error:
+        told = str(error)
+    if told:
+        assert told.startswith("edited.yaml")
+        assert "pydantic" not in told
+    else:
+        assert json.loads(json.dumps(described)) == described
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -450,7 +486,8 @@ def test_files_lie_beside_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "models" / "student" / "model_index.json").write_text("{}")
     (tmp_path / "stats.npz").write_bytes(b"")
     weights.write(tmp_path / "style.safetensors", {"a": torch.zeros(1)})
-    text = "reference: stats.npz\nimages: 2\naxes:\n  model: [models/student, owner/name]\n  lora: [none, style.safetensors, o/n]\n"
+    axes = "axes:\n  model: [models/student, owner/name]\n  lora: [none, style.safetensors, o/n-v1.5]\n"
+    text = f"reference: stats.npz\nimages: 2\n{axes}"
     path = write(tmp_path, text)
     monkeypatch.chdir("/")
     config = read(path)
@@ -461,7 +498,7 @@ def test_files_lie_beside_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [cells.model(config, cell) for cell in found] == [str(tmp_path / "models" / "student")] * 3 + [
         "owner/name"
     ] * 3
-    assert [cells.lora(config, cell) for cell in found[:3]] == [None, str(tmp_path / "style.safetensors"), "o/n"]
+    assert [cells.lora(config, cell) for cell in found[:3]] == [None, str(tmp_path / "style.safetensors"), "o/n-v1.5"]
     monkeypatch.chdir(tmp_path)
     assert read(Path("sweep.yaml")).cells() == found
     assert read(yaml.safe_load(text)).cells() == found

@@ -267,6 +267,11 @@ def _cell(settings: Mapping[str, Any], common: Mapping[str, Any], names: list[st
     return Cell(dict(settings), common, key, ", ".join(_told(*item) for item in varies.items()) or "plain")
 
 
+def _arguments(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A guidance method in one order, however it was written."""
+    return {"method": chosen["method"]} | dict(sorted(chosen.items()))
+
+
 def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
     """A setting for the name of a folder."""
     if name in ("model", "lora", "grid"):
@@ -276,7 +281,7 @@ def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
     elif name == "guidance_scale":
         yield f"w{value:g}"
     elif name == "guidance":
-        yield from (Path(str(item)).name for item in value.values())
+        yield from (Path(str(item)).name for item in _arguments(value).values())
     else:
         yield f"{name.partition('.')[2]}={value}" if "." in name else str(value)
 
@@ -288,7 +293,8 @@ def _told(name: str, value: Any) -> str:  # noqa: ANN401
     if name == "guidance_scale":
         return f"w = {value:g}"
     if name == "guidance":
-        return f"{value['method']}({', '.join(f'{k}={v}' for k, v in value.items() if k != 'method')})"
+        arguments = (f"{name}={item}" for name, item in _arguments(value).items() if name != "method")
+        return f"{value['method']}({', '.join(arguments)})"
     if name in ("lora", "grid"):
         return f"{'LoRA' if name == 'lora' else name} {value}"
     return f"{name.partition('.')[2]} = {value}" if "." in name else str(value)

@@ -40,11 +40,13 @@ _ELSEWHERE = {
        for name in ("generator", "batch_size", "num_images_per_prompt")},
     **{f"call.{name}": "the measurement sets it" for name in ("output_type", "return_dict")},
 }  # fmt: skip
+_LARGE = 2**64
+_WEIGHTS = {".safetensors", *weights.PICKLES}
 _ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
 
 def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
-    """Yields numbers that are not finite, and text that no file can hold."""
+    """Yields numbers out of any range, and text that no file can hold."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from unreadable(value, (*place, key))
@@ -53,6 +55,11 @@ def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
             yield from unreadable(value, (*place, number))
     elif isinstance(data, float) and not math.isfinite(data):
         yield place, f"is {data}; give a finite number"
+    elif isinstance(data, int) and abs(data) >= _LARGE:
+        yield (
+            place,
+            f"is a number of {len(str(data)) if abs(data) < 10**4000 else 'over 4000'} digits; give a smaller one",
+        )
     elif isinstance(data, str) and re.search("[\0\ud800-\udfff]", data):
         yield place, f"is {data!r:.60}, which holds no proper character; correct it"
 
@@ -218,7 +225,7 @@ def _names(config: SweepConfig) -> Iterator[Fault]:
 
 
 def _contradictions(config: SweepConfig) -> Iterator[Fault]:
-    """Settings that do not go together in a cell: each kind once a mapping."""
+    """Settings that do not go together in a cell: the first of each mapping."""
     cure = (
         "use a list of two mappings in axes"
         if config.search.sampler == "grid"
@@ -240,8 +247,10 @@ _Contradiction = tuple[Mapping[str, Any], str]  # settings, and why they do not 
 def _idle(values: Mapping[str, list[Any]]) -> Iterator[_Contradiction]:
     """A solver, grid or knobs with a scheduler that does not take them."""
     for scheduler in values["scheduler"]:
-        known = {"solver", "grid", *values} if scheduler == "flowkit" else set[str]()
-        if scheduler not in ("flowkit", "keep"):
+        if scheduler == "flowkit":
+            continue
+        known = set[str]()
+        if scheduler != "keep":
             known = {f"knobs.{name}" for name in inspect.signature(swap.stock_class(scheduler).__init__).parameters}
         for name in [n for n in values if n not in known and (n in ("solver", "grid") or n.startswith("knobs."))]:
             for value in _some(values[name])[:1]:
@@ -321,7 +330,7 @@ def _lora(config: SweepConfig, name: str) -> None:
         weights.check(path)
     elif path.is_dir() and not list(path.glob("*.safetensors")):
         raise ValueError(f"{name} holds no .safetensors; give a LoRA's folder or file")
-    elif not path.exists() and (path.suffix or not loading.REPOSITORY.fullmatch(name)):
+    elif not path.exists() and (path.suffix in _WEIGHTS or not loading.REPOSITORY.fullmatch(name)):
         raise ValueError(f"there is no LoRA {name!r}; give a .safetensors file, a folder, or owner/name of the hub")
 
 

@@ -46,9 +46,42 @@ class Search(BaseModel):
 
 
 class SweepConfig(BaseModel):
-    """A sweep, as `read` makes it: the fields of its file, see ``docs/sweeps.md``, with axes as a list of mappings.
+    """A sweep, as `read` makes it.
 
-    Paths are as they were given; `path` finds them.
+    The first eleven fields are settings: of all cells, or one a cell where they stand in the axes. Paths are as they were given;
+    `path` finds them.
+
+    Attributes:
+        name: of the study; that of the file where none is given.
+        model: "digits" or "shapes", a folder of diffusers, or a hub repository.
+        lora: a file or folder of weights, or a hub repository; None for none.
+        scheduler: "flowkit", "keep" or a class of diffusers, see `flowkit.pipelines.swap.make`.
+        solver: of our scheduler; None means that of the model's scheduler.
+        grid: of our scheduler, a name or a file; None means that of the model's scheduler.
+        steps: denoising steps, >= 1; None means those of the grid's file, or the pipeline's.
+        guidance_scale: w of the pipeline, 1 being conditional only; None means the pipeline's.
+        guidance: ``method``, a class of `flowkit.guidance`, with its arguments or the ``file`` of its ``save``; None for none.
+        knobs: of the scheduler.
+        call: arguments of the pipeline.
+        reference: of the metrics, see `flowkit.eval.evaluate`; None for none.
+        metrics: "METRIC", or "METRIC/EXTRACTOR".
+        extractor: one or several; None means the reference's own.
+        images: number of samples of a cell, >= 2.
+        batch_size: images at a time.
+        seed: of the noise, the same in all cells.
+        exact: sums without rounding.
+        keep: pictures kept of each cell.
+        labels: class labels such as "0-9", or a list; drawn in turn.
+        prompts: a file, see `flowkit.pipelines.requests.read_prompts`, or a list; drawn in turn.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto" or a name of torch's.
+        variant: of the weights of a hub repository, such as "fp16".
+        objectives: keys of metrics, "evaluations" or "seconds"; all are made small.
+        search: how cells are chosen.
+        storage: URL of the study's database; None means SQLite in the output folder.
+        trackers: names of accelerate's.
+        retries: how often a cell whose worker was killed is given to another.
+        axes: mappings from settings (also ``knobs.NAME`` and ``call.NAME``) to lists or ranges; their cells are joined.
     """
 
     model_config = STRICT

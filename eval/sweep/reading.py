@@ -24,6 +24,7 @@ Fault = tuple[Place, str]  # what is wrong, as it follows the name of the place:
 _CORE = "tag:yaml.org,2002:"
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _NUMBER = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
+_WORDS = dict.fromkeys(("yes", "true", "on"), True) | dict.fromkeys(("no", "false", "off"), False)
 _BYTES, _DEPTH = 1_000_000, 32
 _VALUES = 500_000  # a file of so many bytes holds no more, unless aliases multiply them
 _SHOWN = 10
@@ -178,7 +179,8 @@ class _Values:
     """Makes values of nodes, and notes what is refused."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        self.faults, self._count, self._open = faults, 0, set[int]()
+        self.faults, self._open = faults, set[int]()
+        self._count = 0.0
 
     def of(self, node: yaml.Node, place: Place) -> Any:  # noqa: ANN401
         self._count += 1
@@ -187,7 +189,7 @@ class _Values:
                 self.faults.append(
                     (place[:1], "is nested too deep, or repeats itself through aliases; write the values out")
                 )
-            self._count = math.inf  # type: ignore[assignment]
+            self._count = math.inf
             return None
         tag = node.tag.removeprefix(_CORE)
         if tag not in ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map"):
@@ -230,8 +232,8 @@ def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401
     text, tag = str(node.value), node.tag.removeprefix(_CORE)
     if tag == "null":
         return None
-    if tag == "bool":
-        return text.lower() in ("yes", "true", "on")
+    if tag == "bool" and text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     digits = text.replace("_", "")
     if tag == "int" and _WHOLE.fullmatch(text) and len(digits) < 100:
         return int(digits)
