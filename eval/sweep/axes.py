@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, NamedTuple
+import json
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from flowkit.eval.sweep.reading import Place, shown
+from flowkit.eval.sweep.reading import Fault, Place, shown
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 SETTINGS = ("model", "lora", "scheduler", "solver", "grid", "steps", "guidance_scale", "guidance")
@@ -60,13 +61,19 @@ class Range(BaseModel):
         """Returns the lowest and the highest number."""
         return [self.low, self.high]
 
+    def number(self, value: float) -> int | float:
+        """Returns a number as the range has them, whole or not."""
+        return int(value) if self.whole else float(value)
+
     def __contains__(self, value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
-class _Refusal(NamedTuple):
-    place: Place
-    text: str
+class _RefusedError(Exception):
+    """Holds what is wrong with one axis."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self.faults = faults
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:  # noqa: ANN401
@@ -88,113 +95,95 @@ def normalised(value: Any) -> list[Any]:  # noqa: ANN401
     Raises:
         ValidationError: with every fault.
     """
-    refused: list[_Refusal] = []
-    one = isinstance(value, dict)
-    mappings = [value] if one else value
-    if not isinstance(mappings, list) or not mappings:
-        refused.append(_Refusal((), f"is {shown(value)}, not a mapping from settings to lists of values; write one such as "
-                                "{steps: [4, 8]}"))  # fmt: skip
-        mappings = []
-    result = []
-    for number, mapping in enumerate(mappings):
-        lead: Place = () if one else (number,)
+    faults: list[Fault] = []
+    result: list[dict[str, Any]] = []
+    for number, mapping in enumerate(value if isinstance(value, list) and value else [value]):
+        lead: Place = (number,) if isinstance(value, list) and value else ()
         if not isinstance(mapping, dict) or not mapping:
-            refused.append(_Refusal(lead, f"is {shown(mapping)}, not a mapping from settings to lists of values; write one such as "
-                                    "{steps: [4, 8]}"))  # fmt: skip
+            faults.append((lead, f"is {shown(mapping)}, not a mapping from settings to lists; write {{steps: [4, 8]}}"))
             continue
-        checked = {}
+        result.append({})
         for name, choices in mapping.items():
             try:
-                checked[name] = _axis(name, choices)
+                result[-1][name] = _axis(name, choices)
             except _RefusedError as error:
-                refused += [_Refusal((*lead, name, *place), text) for place, text in error.refused]
-        result.append(checked)
-    if refused:
+                faults += [((*lead, name, *place), text) for place, text in error.faults]
+    if faults:
         details = [
             InitErrorDetails(type=PydanticCustomError("sweep", "{text}", {"text": text}), loc=place, input=None)
-            for place, text in refused
+            for place, text in faults
         ]
         raise ValidationError.from_exception_data("axes", details)
     return result
-
-
-class _RefusedError(Exception):
-    """Holds what is wrong with one axis."""
-
-    def __init__(self, refused: list[_Refusal]) -> None:
-        self.refused = refused
 
 
 def _axis(name: str, choices: Any) -> list[Any] | Range:  # noqa: ANN401
     group, _, own = name.partition(".")
     free = group in GROUPS and bool(own)
     if not free and name not in SETTINGS:
-        near = difflib.get_close_matches(name, [*SETTINGS, "knobs.", "call."], 1)
-        hint = f"did you mean {near[0]}{'NAME' if near[0].endswith('.') else ''}? " if near else ""
-        raise _RefusedError(
-            [_Refusal((), f"is no setting; {hint}Settings are {', '.join(SETTINGS)}, knobs.NAME and call.NAME")]
-        )
+        near = difflib.get_close_matches(name, SETTINGS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(SETTINGS)}, knobs.NAME or call.NAME"
+        raise _RefusedError(((), f"is no setting; {hint}"))
     if isinstance(choices, dict):
         return _range(name, choices, free)
     if not isinstance(choices, list):
-        raise _RefusedError(
-            [_Refusal((), f"is {shown(choices)}, not a list; write [{shown(choices)}], or move it to the top")]
-        )
+        raise _RefusedError(((), f"is {shown(choices)}, not a list; write [{shown(choices)}], or move it to the top"))
     if not choices:
-        raise _RefusedError([_Refusal((), "is an empty list; give at least one value, or leave it out")])
+        raise _RefusedError(((), "is an empty list; give a value, or leave it out"))
     values: list[Any] = []
-    refused: list[_Refusal] = []
+    faults: list[Fault] = []
+    seen = set[Any]()
     for number, choice in enumerate(choices):
         try:
-            value = choice if free else _TYPES[name].validate_python(choice)
+            values.append(choice if free else _TYPES[name].validate_python(choice))
         except ValidationError as error:
             told = [str(e["ctx"]["error"]) for e in error.errors() if e["type"] == "value_error"]
-            refused.append(_Refusal((number,), told[0] if told else f"is {shown(choice)}, not {WANTED[name]}"))
+            faults.append(((number,), told[0] if told else f"is {shown(choice)}, not {WANTED[name]}"))
             continue
-        if any(_same(value, other) for other in values):
-            refused.append(_Refusal((number,), f"is {shown(choice)}, which stands before it; keep one"))
-        values.append(value)
-    if refused:
-        raise _RefusedError(refused)
+        if (same := _comparable(values[-1])) in seen:
+            faults.append(((number,), f"is {shown(choice)}, which stands before it; keep one"))
+        seen.add(same)
+    if faults:
+        raise _RefusedError(*faults)
     return values
 
 
 def _range(name: str, choices: dict[str, Any], free: bool) -> Range:
     if not free and name not in _RANGES:
-        raise _RefusedError([_Refusal((), f"is a mapping, not a list of values; only {', '.join(_RANGES)}, knobs.NAME and "
-                                      "call.NAME may be ranges")])  # fmt: skip
+        raise _RefusedError(
+            ((), f"is a mapping, not a list; only {', '.join(_RANGES)}, knobs.NAME and call.NAME may be ranges")
+        )
     try:
         found = Range.model_validate(choices)
     except ValidationError as error:
-        raise _RefusedError(list(dict.fromkeys(_part(e) for e in error.errors()))) from error
+        raise _RefusedError(*dict.fromkeys(_part(e) for e in error.errors())) from error
     low, high, step = found.low, found.high, found.step
     if not low < high:
         text = f"runs from {low} to {high}; give low below high"
     elif step is not None and step <= 0:
-        text = f"has step {step}; give a number above 0"
-    elif found.log and (low <= 0 or (step or 1) != 1 or (step and not found.whole)):
-        text = f"is logarithmic from {low} with step {step or 'none'}; start above 0, and leave step out"
+        text = f"has the step {step}; give a number above 0"
+    elif found.log and (low <= 0 or step not in (None, 1) or (step and not found.whole)):
+        text = f"is logarithmic from {low}{'' if step is None else f' with the step {step}'}; start above 0, and leave step out"
     elif name == "steps" and not (found.whole and low >= 1):
-        text = f"runs from {low} to {high}; steps are whole numbers of at least 1"
+        text = f"runs from {low} to {high}; give whole numbers of at least 1"
+    elif name == "guidance_scale":
+        return Range(low=float(low), high=float(high), step=None if step is None else float(step), log=found.log)
     else:
-        if name == "guidance_scale":
-            return Range(low=float(low), high=float(high), step=None if step is None else float(step), log=found.log)
         return found
-    raise _RefusedError([_Refusal((), text)])
+    raise _RefusedError(((), text))
 
 
-def _part(error: Any) -> _Refusal:  # noqa: ANN401
+def _part(error: Any) -> Fault:  # noqa: ANN401
     """What is wrong with one number of a range."""
     name = str(error["loc"][0])
     if error["type"] == "missing":
-        return _Refusal((), f"is a range without {name}; write {{low: 2, high: 32}}")
+        return (), f"is a range without {name}; write {{low: 2, high: 32}}, or a list of values"
     if error["type"] == "extra_forbidden":
-        return _Refusal(
-            (name,), "is no part of a range; write {low: 2, high: 32, step: 1, log: true}, or a list of values"
-        )
-    return _Refusal((name,), f"is {shown(error['input'])}, not {Range.model_fields[name].description}")
+        return (name,), "is no part of a range; write {low: 2, high: 32, step: 1, log: true}, or a list of values"
+    return (name,), f"is {shown(error['input'])}, not {Range.model_fields[name].description}"
 
 
-def _same(value: Any, other: Any) -> bool:  # noqa: ANN401
-    """Whether two values are one; True is not 1."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+def _comparable(value: Any) -> Any:  # noqa: ANN401
+    """Equal for values that are one: 1 and 1.0, but not true."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if number else json.dumps(value, sort_keys=True)

@@ -82,11 +82,13 @@ def make(config: SweepConfig, settings: Mapping[str, Any]) -> Cell:
         raise ValueError(
             f"a cell has one value for each of {', '.join(config.axes[0])}, got {', '.join(settings) or 'none'}"
         )
-    for name, value in settings.items():
-        choices = axes[name]
+    chosen = {}
+    for name, choices in axes.items():
+        value = settings[name]
         if value not in choices:
             raise ValueError(f"{name}={value!r:.60} is not among its choices, {choices!r:.80}")
-    return _cell({name: settings[name] for name in axes}, base(config), varying(config))
+        chosen[name] = choices[choices.index(value)] if isinstance(choices, list) else choices.number(value)
+    return _cell(chosen, base(config), varying(config))
 
 
 def varying(config: SweepConfig) -> list[str]:
@@ -158,14 +160,21 @@ def knobs(config: SweepConfig, cell: Cell) -> dict[str, Any]:
 
 
 def guidance(config: SweepConfig, cell: Cell) -> Part | None:
-    """Builds the guidance of a cell; None for none.
+    """Builds the guidance of a cell, see `build_guidance`; None for none."""
+    return build_guidance(config, cell.get("guidance"), cell.get("guidance_scale"))
 
-    Methods that combine the two outputs themselves take the cell's guidance scale where none is given.
+
+def build_guidance(config: SweepConfig, chosen: Mapping[str, Any] | None, scale: float | None) -> Part | None:
+    """Builds a guidance method.
+
+    Args:
+        config: the sweep, beside whose file those of methods lie.
+        chosen: ``method``, and its arguments or the ``file`` that its ``save`` wrote; None for none.
+        scale: guidance scale, for methods that combine the two outputs themselves and are given none; None means not known.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: for an unknown method, or arguments or a file that it does not take.
     """
-    chosen = cell.get("guidance")
     if chosen is None:
         return None
     kind, arguments = guidance_class(chosen["method"]), {k: v for k, v in chosen.items() if k != "method"}
@@ -173,18 +182,17 @@ def guidance(config: SweepConfig, cell: Cell) -> Part | None:
         if not hasattr(kind, "load"):
             raise ValueError(f"{kind.__name__} is not read from files; give its arguments")
         if len(arguments) > 1:
-            raise ValueError(
-                f"{kind.__name__} has all of {', '.join(arguments.keys() - {'file'})} from its file; leave them out"
-            )
+            others = ", ".join(arguments.keys() - {"file"})
+            raise ValueError(f"{kind.__name__} has its arguments from the file; leave out {others}")
         loaded: Part = kind.load(config.path(str(arguments["file"])))
         return loaded
     known = inspect.signature(kind).parameters
-    if "scale" in known and "scale" not in arguments and cell.get("guidance_scale") is not None:
-        arguments["scale"] = cell.get("guidance_scale")
+    if "scale" in known and scale is not None:
+        arguments = {"scale": scale} | arguments
     if unknown := sorted(arguments.keys() - known.keys()):
         raise TypeError(f"{kind.__name__} has no {unknown[0]!r}; it takes {', '.join(known)}")
     if lacking := [n for n, p in known.items() if p.default is p.empty and n not in arguments]:
-        others = " or guidance_scale" if "scale" in lacking else " or a file" if hasattr(kind, "load") else ""
+        others = ", or guidance_scale" if lacking[0] == "scale" else ", or a file" if hasattr(kind, "load") else ""
         raise TypeError(f"{kind.__name__} lacks {lacking[0]!r}; give it{others}")
     for name, value in arguments.items():
         if isinstance(known[name].default, bool) and not isinstance(value, bool):
@@ -259,6 +267,11 @@ def _cell(settings: Mapping[str, Any], common: Mapping[str, Any], names: list[st
     return Cell(dict(settings), common, key, ", ".join(shown(*item) for item in varies.items()) or "plain")
 
 
+def _arguments(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A guidance method in one order, however it was written."""
+    return {"method": chosen["method"]} | dict(sorted(chosen.items()))
+
+
 def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
     """A setting for the name of a folder."""
     if name in ("model", "lora", "grid"):
@@ -268,7 +281,7 @@ def _words(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401
     elif name == "guidance_scale":
         yield f"w{value:g}"
     elif name == "guidance":
-        yield from (Path(str(item)).name for item in value.values())
+        yield from (Path(str(item)).name for item in _arguments(value).values())
     else:
         yield f"{name.partition('.')[2]}={value}" if "." in name else str(value)
 
@@ -280,7 +293,8 @@ def shown(name: str, value: Any) -> str:  # noqa: ANN401
     if name == "guidance_scale":
         return f"w = {value:g}"
     if name == "guidance":
-        return f"{value['method']}({', '.join(f'{k}={v}' for k, v in value.items() if k != 'method')})"
+        arguments = (f"{name}={item}" for name, item in _arguments(value).items() if name != "method")
+        return f"{value['method']}({', '.join(arguments)})"
     if name in ("lora", "grid"):
         return f"{'LoRA' if name == 'lora' else name} {value}"
     return f"{name.partition('.')[2]} = {value}" if "." in name else str(value)

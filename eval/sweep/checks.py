@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # type: ignore[import-untyped]
 
 from flowkit import assets, solvers, weights
-from flowkit.eval.metrics import METRICS, required
+from flowkit.eval.metrics import METRICS
 from flowkit.eval.sweep import cells
 from flowkit.eval.sweep.axes import GROUPS, SETTINGS
-from flowkit.eval.sweep.reading import Fault, Place, named, shown
+from flowkit.eval.sweep.reading import Fault, Place, shown
 from flowkit.grids import Grid
 from flowkit.pipelines import loading, swap
 from flowkit.pipelines.requests import EACH, IMAGE
+from flowkit.schedulers import RectifiedFlowScheduler, stock_classes
 
 if TYPE_CHECKING:
     from flowkit.eval.sweep.config import SweepConfig
@@ -32,15 +36,17 @@ _ELSEWHERE = {
     "call.guidance_scale": "write guidance_scale",
     "knobs.solver": "write solver",
     "knobs.grid": "write grid",
-    **{f"call.{name}": "it is set from seed and batch_size"
+    **{f"call.{name}": "it comes from seed and batch_size"
        for name in ("generator", "batch_size", "num_images_per_prompt")},
-    **{f"call.{name}": "it is set by the measurement" for name in ("output_type", "return_dict")},
+    **{f"call.{name}": "the measurement sets it" for name in ("output_type", "return_dict")},
 }  # fmt: skip
+_LARGE = 2**64
+_WEIGHTS = {".safetensors", *weights.PICKLES}
 _ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
 
 def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
-    """Yields numbers that are not finite, and text that no file can hold."""
+    """Yields numbers out of any range, and text that no file can hold."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from unreadable(value, (*place, key))
@@ -48,9 +54,14 @@ def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
         for number, value in enumerate(data):
             yield from unreadable(value, (*place, number))
     elif isinstance(data, float) and not math.isfinite(data):
-        yield place, f"{named(place)} is {data}; give a finite number"
+        yield place, f"is {data}; give a finite number"
+    elif isinstance(data, int) and abs(data) >= _LARGE:
+        yield (
+            place,
+            f"is a number of {len(str(data)) if abs(data) < 10**4000 else 'over 4000'} digits; give a smaller one",
+        )
     elif isinstance(data, str) and re.search("[\0\ud800-\udfff]", data):
-        yield place, f"{named(place)} holds a character that is none; write it as UTF-8"
+        yield place, f"is {data!r:.60}, which holds no proper character; correct it"
 
 
 def metric_keys(config: SweepConfig) -> list[str]:
@@ -58,141 +69,140 @@ def metric_keys(config: SweepConfig) -> list[str]:
     extractors = config.extractor if isinstance(config.extractor, list) else [config.extractor]
     keys = []
     for text in config.metrics:
-        metric, _, own = text.partition("/")
-        keys += [text] if own else [metric, *(f"{metric}/{name}" for name in extractors[1:])]
+        keys += [text] if "/" in text else [text, *(f"{text}/{name}" for name in extractors[1:])]
     return list(dict.fromkeys(keys))
 
 
 def check(config: SweepConfig) -> Iterator[Fault]:
-    """Yields the faults of a sweep whose fields are each of the right kind; axes are numbered."""
+    """Yields the faults of a sweep whose fields are each of the right kind."""
     yield from _layout(config)
-    yield from _measurement(config)
+    yield from _metrics(config)
+    yield from _references(config)
+    yield from _machine(config)
     yield from _inputs(config)
-    yield from _values(config)
-    yield from _together(config)
+    yield from _guidance(config)
+    names = list(_names(config))
+    yield from names
+    if not names:  # what is unknown has no length and no knobs
+        yield from _contradictions(config)
 
 
 def _layout(config: SweepConfig) -> Iterator[Fault]:
     """Where settings stand, and how many cells there are."""
-    swept = {name: ("axes", number, name) for number, axes in enumerate(config.axes) for name in axes}
     fixed = config.model_fields_set & set(SETTINGS) | {f"{g}.{name}" for g in GROUPS for name in getattr(config, g)}
-    for name in sorted(fixed & swept.keys()):
-        yield swept[name], f"{named(swept[name])} stands at the top as well; keep one"
-    lacking = [number for number, axes in enumerate(config.axes) if config.model is None and "model" not in axes]
-    if lacking:
-        yield (), "model is missing; write one such as model: digits"
-    search, sampler = config.search, config.search.sampler
+    for setting, place in _places(config):
+        if place[0] == "axes" and setting in fixed:
+            yield place, "stands at the top as well; keep one"
+    if config.model is None and any("model" not in axes for axes in config.axes):
+        yield ("model",), "is missing; write one such as model: digits"
+    trials, sampler = config.search.trials, config.search.sampler
     if sampler == "grid":
-        if search.trials is not None:
+        if trials is not None:
             yield (
                 ("search", "trials"),
-                "search.trials is of a search, and the sampler grid takes every cell; leave it out",
+                f"is {trials}, and the sampler grid takes all cells; leave it out, or name a sampler",
             )
-        for number, axes in enumerate(config.axes):
-            for name in (name for name, choices in axes.items() if not isinstance(choices, list)):
-                place = ("axes", number, name)
-                yield (
-                    place,
-                    f"{named(place)} is a range, and the sampler grid takes lists; write search: {{sampler: tpe, trials: 100}}",
-                )
-        count = sum(math.prod(len(c) for c in axes.values() if isinstance(c, list)) for axes in config.axes)
+        for setting, place in _places(config):
+            if place[0] == "axes" and not isinstance(config.axes[int(place[1])][setting], list):
+                yield place, "is a range, and the sampler grid takes lists; write search: {sampler: tpe, trials: 100}"
+        count = sum(math.prod(len(_listed(c)) for c in axes.values()) for axes in config.axes)
         if count > MOST_CELLS:
-            yield ("axes",), f"axes make {count:,} cells, more than {MOST_CELLS:,}; search them, or leave values out"
+            yield ("axes",), f"make {count:,} cells, more than {MOST_CELLS:,}; leave values out, or search them"
         return
-    if search.trials is None:
-        yield (
-            ("search",),
-            f"search lacks trials, which the sampler {sampler} needs; write {{sampler: {sampler}, trials: 100}}",
-        )
+    if trials is None:
+        yield ("search",), f"lacks trials, which the sampler {sampler} needs; write {{sampler: {sampler}, trials: 100}}"
     if len(config.axes) > 1:
-        yield (
-            ("axes",),
-            f"axes are {len(config.axes)} mappings, and the sampler {sampler} takes one; use the sampler grid",
-        )
+        yield ("axes",), f"are {len(config.axes)} mappings, and the sampler {sampler} takes one; use the sampler grid"
 
 
-def _measurement(config: SweepConfig) -> Iterator[Fault]:
-    """Metrics, references, objectives, and the machine."""
-    known = True
-    for number, text in enumerate(config.metrics):
-        if text.partition("/")[0] not in METRICS:
-            known = False
-            place = ("metrics", number)
+def _metrics(config: SweepConfig) -> Iterator[Fault]:
+    names = [text.partition("/")[0] for text in config.metrics]
+    for number, name in enumerate(names):
+        if name not in METRICS:
+            yield ("metrics", number), f"is {shown(config.metrics[number])}, which is no metric; {_near(name, METRICS)}"
+        elif METRICS[name].reference is not None and config.reference is None:
             yield (
-                place,
-                f"{named(place)} is {shown(text)}, which is no metric; {_near(text.partition('/')[0], METRICS)}",
+                ("metrics", number),
+                f"is {shown(config.metrics[number])}, which needs a reference; write reference: digits",
             )
-    if known:
-        keys = metric_keys(config)
-        for number, text in enumerate(config.objectives):
-            if text not in (*keys, *COSTS):
-                place = ("objectives", number)
-                yield (
-                    place,
-                    f"{named(place)} is {shown(text)}; choose of the metrics' keys {', '.join(keys)}, or {', '.join(COSTS)}",
-                )
-        needing = [text for text in config.metrics if required([text.partition("/")[0]])[1]]
-        if needing and config.reference is None:
+    keys = metric_keys(config)
+    for number, name in enumerate(config.objectives if METRICS.keys() >= set(names) else ()):
+        if name not in (*keys, *COSTS):
             yield (
-                ("reference",),
-                f"reference is missing, and {needing[0]} needs one; write one such as reference: digits",
+                ("objectives", number),
+                f"is {shown(name)}, which is not measured; choose {', '.join((*keys, *COSTS))}",
             )
-    several, given = isinstance(config.reference, list), config.reference
+
+
+def _references(config: SweepConfig) -> Iterator[Fault]:
+    several = isinstance(config.reference, list)
+    names = config.reference if isinstance(config.reference, list) else [config.reference] if config.reference else []
     extractors = len(config.extractor) if isinstance(config.extractor, list) else 1
-    if isinstance(given, list) and len(given) != extractors:
-        yield (
-            ("reference",),
-            f"reference is a list of {len(given)} for {extractors} extractors; give one, or one for each",
-        )
-    for number, name in enumerate(given if isinstance(given, list) else [given] if given else []):
-        where: Place = ("reference", number) if several else ("reference",)
+    if several and len(names) != extractors:
+        yield ("reference",), f"is a list of {len(names)}, and extractors are {extractors}; give one, or one for each"
+    for number, name in enumerate(names):
         if name not in assets.NAMES and not config.path(name).exists():
-            yield (
-                where,
-                f"{named(where)} is {shown(name)}, and there is none; choose {', '.join(assets.NAMES)}, a file or a folder",
-            )
+            place: Place = ("reference", number) if several else ("reference",)
+            yield place, f"is {shown(name)}, which is not there; choose {', '.join(assets.NAMES)}, a file or a folder"
+
+
+def _machine(config: SweepConfig) -> Iterator[Fault]:
+    """Device, storage and trackers."""
     try:
-        if config.device != "auto":
-            torch.device(config.device)
+        torch.device("cpu" if config.device == "auto" else config.device)
     except RuntimeError:
-        yield ("device",), f"device is {shown(config.device)}, which torch does not know; choose auto, cpu or cuda"
-    if config.storage is not None and not re.fullmatch(r"\w+(\+\w+)?://.+", config.storage):
-        yield ("storage",), "storage is no URL; write one such as postgresql://user@host/db"
+        yield ("device",), f"is {shown(config.device)}, which torch does not know; choose auto, cpu or cuda"
+    if config.storage is not None and not re.fullmatch(r"\w+(\+\w+)?://.+", config.storage):  # may hold a password
+        yield ("storage",), "is no URL; write one such as postgresql://user@host/db"
     trackers = [str(name) for name in LOGGER_TYPE_TO_CLASS]
     for number, name in enumerate(config.trackers):
         if name not in trackers:
-            yield (
-                ("trackers", number),
-                f"trackers[{number}] is {shown(name)}, which accelerate does not have; {_near(name, trackers)}",
-            )
+            yield ("trackers", number), f"is {shown(name)}, which accelerate does not have; {_near(name, trackers)}"
 
 
 def _inputs(config: SweepConfig) -> Iterator[Fault]:
     """Labels and prompts, and what else says the same."""
+    place: Place = ("prompts",) if config.labels is None else ("labels",)
     if config.labels is not None and config.prompts is not None:
-        yield ("prompts",), "prompts and labels both say what to draw; keep one"
+        yield ("prompts",), "say what to draw, and so do the labels; keep one"
         return
-    place: Place = ("labels",) if config.labels is not None else ("prompts",)
     try:
         rows = cells.inputs(config) or [{}]
     except _ERRORS as error:
-        yield place, f"{named(place)}: {error}"
+        yield place, f"cannot be read: {error}"
         return
     own = {name for row in rows for name in row}
     if pictures := sorted(name for name in own if IMAGE.fullmatch(name)):
-        yield place, f"{named(place)} give {pictures[0]}, and a sweep reads no pictures; leave it out"
-    taken = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+        yield place, f"have the argument {pictures[0]}, and sweeps read no pictures; leave it out"
+    for name in {name for setting, _, name in _values(config) if setting == "model" and name in assets.NAMES}:
+        top = assets.num_classes(name) - 1
+        labels = [row.get("class_labels", -1) for row in rows]
+        for label in [x for x in labels if not (isinstance(x, int) and 0 <= x <= top)][:1]:
+            what = "are missing" if label == -1 else f"hold {shown(label)}"
+            yield ("labels",), f"{what}, and the model {name} draws the classes 0 to {top}; write labels: 0-{top}"
     for setting, where in _places(config):
-        name = taken.get(setting) or setting.removeprefix("call.")
-        if setting not in taken and name == setting:
-            continue
-        if where[0] == "axes" and EACH.fullmatch(name):
-            yield where, f"{named(where)} is of each sample, not of a cell; write it in a .jsonl of prompts"
-        elif name in own and (where[0] == "axes" or setting in taken):
-            yield where, f"{named(where)} stands in the prompts as well; keep one"
+        name = {"steps": "num_inference_steps", "guidance_scale": setting}.get(setting, setting.removeprefix("call."))
+        if where[0] == "axes" and setting.startswith("call.") and EACH.fullmatch(name):
+            yield where, "is an argument of each sample, not of a cell; write it in a .jsonl of prompts"
+        elif name in own and (where[0] == "axes" or setting in SETTINGS):
+            yield where, f"stands in the prompts as well, as {name}; keep one"
 
 
-def _values(config: SweepConfig) -> Iterator[Fault]:
+def _guidance(config: SweepConfig) -> Iterator[Fault]:
+    """Guidance that cannot be built, with the first scale where it takes the cell's."""
+    faults: dict[Fault, None] = {}
+    for number, axes in enumerate(config.axes):
+        scale = _listed(axes["guidance_scale"])[0] if "guidance_scale" in axes else config.guidance_scale
+        for index, value in enumerate(_listed(axes["guidance"]) if "guidance" in axes else [config.guidance]):
+            try:
+                cells.build_guidance(config, value, scale)
+            except _ERRORS as error:
+                place = ("axes", number, "guidance", index) if "guidance" in axes else ("guidance",)
+                faults[place, f"cannot be built: {error}"] = None
+    yield from faults
+
+
+def _names(config: SweepConfig) -> Iterator[Fault]:
     """Values of settings, each for itself."""
     finds: dict[str, Callable[[str], Any]] = {
         "model": lambda name: _model(config, name),
@@ -203,92 +213,64 @@ def _values(config: SweepConfig) -> Iterator[Fault]:
     }
     for setting, place in _places(config):
         if setting in _ELSEWHERE:
-            yield place, f"{named(place)} cannot be given; {_ELSEWHERE[setting]}"
-        if setting not in finds:
-            continue
-        for where, value in _choices(config, setting, place):
+            yield place, f"cannot be given here; {_ELSEWHERE[setting]}"
+        elif setting.startswith("knobs.") and (own := setting.removeprefix("knobs.")) not in (known := _knobs()):
+            yield place, f"is no knob of a scheduler; {_near(own, known)}"
+    for setting, place, value in _values(config):
+        if setting in finds and value is not None:
             try:
-                _ = None if value is None else finds[setting](value)
+                finds[setting](value)
             except _ERRORS as error:
-                yield where, f"{named(where)}: {error}"
+                yield place, f"cannot be used: {error}"
 
 
-def _together(config: SweepConfig) -> Iterator[Fault]:
-    """Settings that contradict each other in a cell: each kind of contradiction once a mapping."""
-    for number, axes in enumerate(config.axes):
-        lead = ("axes", number)
-
-        def pairs(one: str, other: str, axes: Mapping[str, Any] = axes) -> Iterator[cells.Cell]:
-            """A cell for each pair of values of two settings."""
-            rest = {name: _listed(choices)[0] for name, choices in axes.items()}
-            for first in _listed(axes[one]) if one in axes else [None]:
-                for second in _listed(axes[other]) if other in axes else [None]:
-                    chosen = {one: first, other: second}
-                    yield cells.make(config, rest | {name: value for name, value in chosen.items() if name in axes})
-
-        yield from _first(lead, _scheduled(config, axes, pairs))
-        yield from _first(lead, _lengths(config, pairs))
-        yield from _guided(config, number, pairs)
-
-
-def _first(lead: Place, texts: Iterator[str]) -> Iterator[Fault]:
-    for text in texts:
-        yield lead, text
-        return
-
-
-Pairs = Callable[..., Iterator[cells.Cell]]
-
-
-def _scheduled(config: SweepConfig, axes: Mapping[str, Any], pairs: Pairs) -> Iterator[str]:
-    """A solver, grid or knobs for a scheduler that does not take them."""
+def _contradictions(config: SweepConfig) -> Iterator[Fault]:
+    """Settings that do not go together in a cell: the first of each mapping."""
     cure = (
-        "use a list of two mappings in axes, one for each scheduler"
+        "use a list of two mappings in axes"
         if config.search.sampler == "grid"
-        else "search one scheduler at a time"
+        else "search one scheduler, or one grid, at a time"
     )
-    names = ["solver", "grid", *sorted({*axes, *cells.base(config)} - set(SETTINGS))]
-    for name in names:
-        if name.startswith("call."):
+    for number, axes in enumerate(config.axes):
+        values = {name: [value] for name, value in cells.base(config).items()}
+        values |= {name: _listed(choices) for name, choices in axes.items()}
+        told = next(itertools.chain(_idle(values), _lengths(config, values)), None)
+        if told is not None:
+            chosen, why = told
+            picked = {name: chosen.get(name, _listed(choices)[0]) for name, choices in axes.items()}
+            yield ("axes", number), f"make the cell {cells.make(config, picked).name!r}, and {why}; {cure}"
+
+
+_Contradiction = tuple[Mapping[str, Any], str]  # settings, and why they do not go together
+
+
+def _idle(values: Mapping[str, list[Any]]) -> Iterator[_Contradiction]:
+    """A solver, grid or knobs with a scheduler that does not take them."""
+    for scheduler in values["scheduler"]:
+        if scheduler == "flowkit":
             continue
-        for cell in pairs("scheduler", name):
-            scheduler, value = cell.get("scheduler"), cell.get(name)
-            if scheduler == "flowkit" or value is None:
-                continue
-            if name in ("solver", "grid"):
-                why = f"which the scheduler {scheduler!r} does not take"
-            elif scheduler == "keep":
-                why = "and the scheduler 'keep' leaves the model's own as it is"
-            elif name.removeprefix("knobs.") not in inspect.signature(swap.stock_class(scheduler).__init__).parameters:
-                why = f"which {scheduler} does not have"
-            else:
-                continue
-            yield f"the cell {cell.name!r} has {name} = {value!r}, {why}; {cure}"
+        known = set[str]()
+        if scheduler != "keep":
+            known = {f"knobs.{name}" for name in inspect.signature(swap.stock_class(scheduler).__init__).parameters}
+        for name in [n for n in values if n not in known and (n in ("solver", "grid") or n.startswith("knobs."))]:
+            for value in _some(values[name])[:1]:
+                yield (
+                    {"scheduler": scheduler, name: value},
+                    f"the scheduler {scheduler!r} takes no {name.rpartition('.')[2]}",
+                )
 
 
-def _lengths(config: SweepConfig, pairs: Pairs) -> Iterator[str]:
+def _lengths(config: SweepConfig, values: Mapping[str, list[Any]]) -> Iterator[_Contradiction]:
     """Numbers of steps that a grid file does not have."""
-    for cell in pairs("grid", "steps"):
-        grid, steps = cell.get("grid"), cell.get("steps")
-        found = None if grid is None else cells.find_grid(config, grid)
-        if isinstance(found, Grid) and steps is not None and steps != len(found):
-            yield (f"the cell {cell.name!r} has {steps} steps, and the grid of {grid} has {len(found)}; use a list of two mappings "
-                   "in axes, one without steps")  # fmt: skip
+    for text in _some(values.get("grid", ())):
+        grid = cells.find_grid(config, text)
+        for steps in _some(values.get("steps", ())):
+            if isinstance(grid, Grid) and steps != len(grid):
+                yield {"grid": text, "steps": steps}, f"the grid {text} has {len(grid)} steps, not {steps}"
 
 
-def _guided(config: SweepConfig, number: int, pairs: Pairs) -> Iterator[Fault]:
-    """Guidance that cannot be built."""
-    seen = set()
-    for cell in pairs("guidance", "guidance_scale"):
-        try:
-            cells.guidance(config, cell)
-        except _ERRORS as error:
-            if str(error) not in seen:
-                seen.add(str(error))
-                axis = config.axes[number].get("guidance")
-                index = axis.index(cell.get("guidance")) if isinstance(axis, list) else 0
-                place: Place = ("guidance",) if axis is None else ("axes", number, "guidance", index)
-                yield place, f"{named(place)}: {error}"
+def _some(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if value is not None]
 
 
 def _places(config: SweepConfig) -> Iterator[tuple[str, Place]]:
@@ -304,17 +286,28 @@ def _places(config: SweepConfig) -> Iterator[tuple[str, Place]]:
             yield setting, ("axes", number, setting)
 
 
-def _choices(config: SweepConfig, setting: str, place: Place) -> Iterator[tuple[Place, Any]]:
-    if place[0] != "axes":
-        yield place, getattr(config, setting)
-        return
-    choices = config.axes[int(place[1])][setting]
-    for number, value in enumerate(_listed(choices)):
-        yield (*place, number), value
+def _values(config: SweepConfig) -> Iterator[tuple[str, Place, Any]]:
+    """Each value of a setting, and where it stands."""
+    for setting, place in _places(config):
+        if place[0] != "axes":
+            yield setting, place, cells.base(config)[setting]
+            continue
+        for number, value in enumerate(_listed(config.axes[int(place[1])][setting])):
+            yield setting, (*place, number), value
 
 
 def _listed(choices: Any) -> list[Any]:  # noqa: ANN401
     return choices if isinstance(choices, list) else choices.ends()
+
+
+@functools.cache
+def _knobs() -> list[str]:
+    """The parameters of all schedulers that we know."""
+    names = [name for name in (*stock_classes.CLASSES, *stock_classes.REFUSED) if hasattr(diffusers, name)]
+    kinds = [RectifiedFlowScheduler, *(getattr(diffusers, name) for name in names)]
+    return sorted(
+        {name for kind in kinds for name in inspect.signature(kind.__init__).parameters} - {"self", "args", "kwargs"}
+    )
 
 
 def _model(config: SweepConfig, name: str) -> None:
@@ -326,8 +319,8 @@ def _model(config: SweepConfig, name: str) -> None:
             f"{name} has no {loading.INDEX}, so it is no pipeline; give a folder that save_pretrained wrote"
         )
     if not loading.REPOSITORY.fullmatch(name):
-        raise FileNotFoundError(
-            f"no model {name!r}; choose {', '.join(assets.NAMES)}, a folder, or owner/name of the hub"
+        raise ValueError(
+            f"there is no model {name!r}; choose {', '.join(assets.NAMES)}, a folder, or owner/name of the hub"
         )
 
 
@@ -335,11 +328,13 @@ def _lora(config: SweepConfig, name: str) -> None:
     path = config.path(name)
     if path.is_file():
         weights.check(path)
-    elif not path.exists() and (path.suffix or not loading.REPOSITORY.fullmatch(name)):
-        raise FileNotFoundError(f"no LoRA {name!r}; give a .safetensors file, a folder, or owner/name of the hub")
+    elif path.is_dir() and not list(path.glob("*.safetensors")):
+        raise ValueError(f"{name} holds no .safetensors; give a LoRA's folder or file")
+    elif not path.exists() and (path.suffix in _WEIGHTS or not loading.REPOSITORY.fullmatch(name)):
+        raise ValueError(f"there is no LoRA {name!r}; give a .safetensors file, a folder, or owner/name of the hub")
 
 
-def _near(name: str, known: Any) -> str:  # noqa: ANN401
+def _near(name: str, known: Iterable[str]) -> str:
     """A cure: the name that was meant, or all."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"

@@ -13,7 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateA
 from flowkit.eval.sweep import cells, checks, identity, reading
 from flowkit.eval.sweep.axes import GROUPS, STRICT, WANTED, Guidance, OptionalText, Range, Steps, Text, normalised
 from flowkit.eval.sweep.cells import Cell
-from flowkit.eval.sweep.reading import Fault, Place, Places, named, shown
+from flowkit.eval.sweep.reading import Fault, Place, Places, shown
+
+_NAME = 100  # characters
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -28,7 +30,7 @@ def _listed(value: Any) -> Any:  # noqa: ANN401
 
 Names = Annotated[list[Text], Field(min_length=1), AfterValidator(_distinct)]
 Labels = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[list[Text], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class Search(BaseModel):
@@ -47,14 +49,47 @@ Source = str | PathLike[str] | Mapping[str, Any]
 
 
 class SweepConfig(BaseModel):
-    """A sweep, as `read` makes it: the fields of its file, see ``docs/sweeps.md``, with axes as a list of mappings.
+    """A sweep, as `read` makes it.
 
-    Paths are as they were given; `path` finds them.
+    The first eleven fields are settings: of all cells, or one a cell where they stand in the axes. Paths are as they were given;
+    `path` finds them.
+
+    Attributes:
+        name: of the study; that of the file where none is given.
+        model: "digits" or "shapes", a folder of diffusers, or a hub repository.
+        lora: a file or folder of weights, or a hub repository; None for none.
+        scheduler: "flowkit", "keep" or a class of diffusers, see `flowkit.pipelines.swap.make`.
+        solver: of our scheduler; None means that of the model's scheduler.
+        grid: of our scheduler, a name or a file; None means that of the model's scheduler.
+        steps: denoising steps, >= 1; None means those of the grid's file, or the pipeline's.
+        guidance_scale: w of the pipeline, 1 being conditional only; None means the pipeline's.
+        guidance: ``method``, a class of `flowkit.guidance`, with its arguments or the ``file`` of its ``save``; None for none.
+        knobs: of the scheduler.
+        call: arguments of the pipeline.
+        reference: of the metrics, see `flowkit.eval.evaluate`; None for none.
+        metrics: "METRIC", or "METRIC/EXTRACTOR".
+        extractor: one or several; None means the reference's own.
+        images: number of samples of a cell, >= 2.
+        batch_size: images at a time.
+        seed: of the noise, the same in all cells.
+        exact: sums without rounding.
+        keep: pictures kept of each cell.
+        labels: class labels such as "0-9", or a list; drawn in turn.
+        prompts: a file, see `flowkit.pipelines.requests.read_prompts`, or a list; drawn in turn.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto" or a name of torch's.
+        variant: of the weights of a hub repository, such as "fp16".
+        objectives: keys of metrics, "evaluations" or "seconds"; all are made small.
+        search: how cells are chosen.
+        storage: URL of the study's database; None means SQLite in the output folder.
+        trackers: names of accelerate's.
+        retries: how often a cell whose worker was killed is given to another.
+        axes: mappings from settings (also ``knobs.NAME`` and ``call.NAME``) to lists or ranges; their cells are joined.
     """
 
     model_config = STRICT
 
-    name: Text = Field(max_length=100, description="text of at most 100 characters")
+    name: Text = Field(max_length=_NAME, description=f"text of at most {_NAME} characters")
     model: Text | None = Field(None, description=WANTED["model"])
     lora: OptionalText = Field(None, description=WANTED["lora"])
     scheduler: Text = Field("flowkit", description=WANTED["scheduler"])
@@ -66,18 +101,18 @@ class SweepConfig(BaseModel):
     knobs: dict[str, Any] = Field({}, description="a mapping of the scheduler's knobs")
     call: dict[str, Any] = Field({}, description="a mapping of the pipeline's arguments")
 
-    reference: Text | Names | None = Field(
+    reference: Text | Texts | None = Field(
         None, description="digits, shapes, a file, a folder of images, or a list of them"
     )
     metrics: Annotated[Names, BeforeValidator(_listed)] = Field(["fid"], description="a list of metrics such as [fid]")
-    extractor: Text | Names | None = Field(None, description="the name of an extractor, or a list of names")
+    extractor: Text | Names | None = Field(None, description="the name of an extractor, or a list of different ones")
     images: int = Field(ge=2, description="a whole number of at least 2")
     batch_size: int = Field(64, ge=1, description="a whole number of at least 1")
     seed: int = Field(0, description="a whole number")
     exact: bool = Field(False, description="true or false")
     keep: int = Field(8, ge=0, description="a whole number of at least 0")
     labels: Text | Labels | None = Field(None, description="text such as 0-9, or a list of class labels")
-    prompts: Text | Prompts | None = Field(None, description="a file of prompts, or a list of texts")
+    prompts: Text | Texts | None = Field(None, description="a file of prompts, or a list of texts")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16"
     )
@@ -150,22 +185,21 @@ def read(source: Source, base: Path | None = None) -> SweepConfig:
     if faults := list(checks.unreadable(data)):
         raise places.error(faults)
     if data.get("name") is None:
-        data["name"] = "sweep" if file is None else file.stem
+        data["name"] = "sweep" if file is None else file.stem[:_NAME]
     try:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
         raise places.error(_told(error, data, places)) from error
     config._file, config._base = file, base or (Path() if file is None else file.parent)
     if faults := list(checks.check(config)):
-        one = isinstance(data["axes"], dict)
-        raise places.error([_as_written(fault) if one else fault for fault in faults])
+        raise places.error(map(_as_written, faults) if isinstance(data["axes"], dict) else faults)
     return config
 
 
 def _as_written(fault: Fault) -> Fault:
-    """A fault of axes that are one mapping in the file."""
+    """A fault where axes are one mapping in the file, and no list."""
     place, text = fault
-    return (*place[:1], *place[2:]) if place[:2] == ("axes", 0) else place, text.replace("axes[0]", "axes", 1)
+    return (place[:1] + place[2:] if place[:2] == ("axes", 0) else place), text
 
 
 def _told(error: ValidationError, data: Any, places: Places) -> Iterator[Fault]:  # noqa: ANN401
@@ -173,28 +207,27 @@ def _told(error: ValidationError, data: Any, places: Places) -> Iterator[Fault]:
     seen = set[Place]()
     for one in error.errors():
         place, value = _reached(one["loc"], data)
+        if one["type"] == "missing":
+            place = one["loc"]
         if (
             place in seen or one["type"] == "default_factory_not_called"
         ):  # the fault is in what the default is made from
             continue
         seen.add(place)
-        fields = Search.model_fields if place[:1] == ("search",) and len(place) > 1 else SweepConfig.model_fields
-        field = fields.get(str((place or one["loc"])[1 if fields is Search.model_fields else 0]))
+        inner = place[0] == "search" and len(place) > 1
+        fields = Search.model_fields if inner else SweepConfig.model_fields
+        name = str(place[1] if inner else place[0])
         match one["type"]:
             case "missing":
-                yield (
-                    place,
-                    f"{named(one['loc'])} is missing; give {SweepConfig.model_fields[str(one['loc'][0])].description}",
-                )
+                yield place, f"is missing; give {fields[name].description}"
             case "extra_forbidden":
-                yield place, f"{named(place)} is no field; {_meant(str(place[-1]), fields)}"
+                yield place, f"is no field; {_meant(name, fields)}"
             case "value_error":
-                yield place, f"{named(place)} {one['ctx']['error']}"
+                yield place, str(one["ctx"]["error"])
             case "sweep":
-                yield place, f"{named(place)} {one['msg']}"
+                yield place, one["msg"]
             case _:
-                wanted = "" if field is None else str(field.description)
-                yield place, f"{named(place)} is {shown(value)}{_word(value, places.written(place))}, not {wanted}"
+                yield place, f"is {shown(value)}{_word(value, places.word(place))}, not {fields[name].description}"
 
 
 def _word(value: Any, written: str | None) -> str:  # noqa: ANN401

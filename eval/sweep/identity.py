@@ -26,11 +26,15 @@ def describe(config: SweepConfig) -> dict[str, Any]:
     Files that decide (grids, guidance, LoRAs, prompts) have the hash of their content beside their name. Name, storage, trackers,
     retries, pictures kept, device and the number of trials decide nothing of a cell: a study may go on with others.
     """
-    inputs = json.dumps(cells.inputs(config), sort_keys=True)
+    inputs = cells.inputs(config) or []
     return {
         **{name: getattr(config, name) for name in _FIELDS},
         **{name: _described(config, name, getattr(config, name)) for name in SETTINGS},
-        "inputs": None if inputs == "null" else hashlib.sha256(inputs.encode()).hexdigest(),
+        "inputs": {
+            "file": config.prompts if isinstance(config.prompts, str) else None,
+            "count": len(inputs),
+            "sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        },
         "search": config.search.model_dump(exclude={"trials"}),
         "axes": [
             {

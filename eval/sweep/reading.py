@@ -1,7 +1,7 @@
 """YAML in which every value knows its line, so that a message can name it.
 
-What differs from PyYAML's safe loader: a key that stands twice is refused, ``1e-3`` is a number, and what YAML 1.1 alone takes for
-one (``010``, ``1:30``) or for a date stays text.
+What differs from PyYAML's safe loader: a key that stands twice is refused, ``1e-3`` and ``-.5`` are numbers, and what YAML 1.1
+alone takes for one (``010``, ``1:30``) or for a date stays text.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,14 @@ from typing import Any
 import yaml
 
 Place = tuple[str | int, ...]  # keys and indices from the top to a value
-Fault = tuple[Place, str]
+Fault = tuple[Place, str]  # what is wrong, as it follows the name of the place: "is 0, not a number above 0"
 
 _CORE = "tag:yaml.org,2002:"
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-_BYTES, _VALUES, _DEPTH = (
-    1_000_000,
-    500_000,
-    32,
-)  # a file of so many bytes holds no more values, unless aliases multiply them
+_NUMBER = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
+_WORDS = dict.fromkeys(("yes", "true", "on"), True) | dict.fromkeys(("no", "false", "off"), False)
+_BYTES, _DEPTH = 1_000_000, 32
+_VALUES = 500_000  # a file of so many bytes holds no more, unless aliases multiply them
 _SHOWN = 10
 
 
@@ -42,48 +41,55 @@ class Places:
 
     file: str | None = None
     root: yaml.Node | None = None
+    _keys: dict[int, dict[Any, tuple[yaml.Node, yaml.Node]]] = field(default_factory=dict)
 
     def line(self, place: Place) -> int | None:
         """Returns the line of a value, counted from 1: that of its key in a mapping; None where there is no file.
 
         A place that is not there has the line of what would hold it.
         """
-        found, node = None if self.root is None else self.root.start_mark.line + 1, self.root
+        return None if self.root is None else [mark.start_mark.line + 1 for mark, _ in self._way(place)][-1]
+
+    def word(self, place: Place) -> str | None:
+        """Returns the word that stands for a truth value, such as "on"; None for anything else."""
+        if self.root is None:
+            return None
+        way = list(self._way(place))
+        node = way[-1][1] if len(way) > len(place) else None
+        return str(node.value) if node is not None and node.tag == f"{_CORE}bool" else None
+
+    def error(self, faults: Iterable[Fault]) -> ValueError:
+        """Returns the error that tells the first faults in the order of their lines."""
+        ordered = sorted(faults, key=lambda fault: self.line(fault[0]) or 0)
+        told = []
+        for place, text in ordered[:_SHOWN]:
+            line = self.line(place)
+            told.append(f"{'' if line is None else f'line {line}: '}{named(place)} {text}")
+        if len(ordered) > _SHOWN:
+            told.append(f"and {len(ordered) - _SHOWN} more")
+        return ValueError(("" if self.file is None else f"{self.file}, ") + "\n".join(told))
+
+    def _way(self, place: Place) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+        """What names each value on the way to a place, and its node, as far as there are any; the top first."""
+        node = self.root
+        if node is None:
+            return
+        yield node, node
         for part in place:
             if isinstance(node, yaml.MappingNode):
-                pair = next(((key, value) for key, value in node.value if _scalar(key) == part), None)
+                if id(node) not in self._keys:
+                    self._keys[id(node)] = {
+                        key.value: (key, value) for key, value in reversed(node.value) if _is_name(key)
+                    }
+                pair = self._keys[id(node)].get(part)
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 pair = node.value[part], node.value[part]
             else:
                 pair = None
             if pair is None:
-                return found
-            found, node = pair[0].start_mark.line + 1, pair[1]
-        return found
-
-    def written(self, place: Place) -> str | None:
-        """Returns the word that stands for a truth value, such as "on"; None for anything else."""
-        node = self.root
-        for part in place:
-            if isinstance(node, yaml.MappingNode):
-                node = next((value for key, value in node.value if _scalar(key) == part), None)
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-                node = node.value[part]
-            else:
-                return None
-        return str(node.value) if isinstance(node, yaml.ScalarNode) and node.tag == f"{_CORE}bool" else None
-
-    def error(self, faults: Iterable[Fault]) -> ValueError:
-        """Returns the error that tells the first faults of a file in the order of their lines."""
-        ordered = sorted(faults, key=lambda fault: self.line(fault[0]) or 0)
-        told = []
-        for place, text in ordered[:_SHOWN]:
-            line = self.line(place)
-            told.append(text if line is None else f"line {line}: {text}")
-        if more := len(ordered) - _SHOWN:
-            told += [f"and {more} more"] if more > 0 else []
-        lead = "" if self.file is None else f"{self.file}, " if told[0].startswith("line ") else f"{self.file}: "
-        return ValueError(lead + "\n".join(told))
+                return
+            node = pair[1]
+            yield pair
 
 
 def named(place: Place) -> str:
@@ -91,7 +97,7 @@ def named(place: Place) -> str:
     text = ""
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+    return text or "the sweep"
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
@@ -135,7 +141,7 @@ def read_yaml(path: str | PathLike[str]) -> tuple[dict[str, Any], Places]:
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a mapping of Python as the reader of files would: dicts, lists, text, numbers, truth values and None.
+    """Returns a mapping of Python as `read_yaml` would: dicts, lists, text, numbers, truth values and None.
 
     Raises:
         ValueError: for anything else in it; names the field.
@@ -144,18 +150,24 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def copied(value: Any, place: Place) -> Any:  # noqa: ANN401
         if len(place) > _DEPTH:
-            faults.append((place, f"{named(place[:3])} is nested too deep; a sweep has a few levels"))
-        elif isinstance(value, Mapping):
-            for key in (key for key in value if not isinstance(key, str)):
-                faults.append((place, f"{named(place) or 'the sweep'} has the key {key!r:.60}, which is not text"))
-            return {key: copied(item, (*place, key)) for key, item in value.items() if isinstance(key, str)}
-        elif isinstance(value, (list, tuple)):
+            raise Places().error([(place[:2], "is nested too deep, or within itself; a sweep has a few levels")])
+        if isinstance(value, Mapping):
+            faults.extend(
+                (place, f"has the key {key!r:.60}, which is not text") for key in value if not isinstance(key, str)
+            )
+            return {key: copied(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
             return [copied(item, (*place, number)) for number, item in enumerate(value)]
-        elif isinstance(value, PathLike):
+        if value is None or isinstance(value, (str, bool)):
+            return value
+        if isinstance(value, Integral):
+            return int(value)
+        if isinstance(value, Real):
+            return float(value)
+        if isinstance(value, PathLike):
             return str(value)
-        elif value is not None and not isinstance(value, (str, int, float)):
-            faults.append((place, f"{named(place)} is {value!r:.60}; give text, a number, a list or a mapping"))
-        return value
+        faults.append((place, f"is {value!r:.60}; give text, a number, a list or a mapping"))
+        return None
 
     result: dict[str, Any] = copied(values, ())
     if faults:
@@ -167,21 +179,21 @@ class _Values:
     """Makes values of nodes, and notes what is refused."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        self.faults, self._count, self._open = faults, 0, set[int]()
+        self.faults, self._open = faults, set[int]()
+        self._count = 0.0
 
     def of(self, node: yaml.Node, place: Place) -> Any:  # noqa: ANN401
         self._count += 1
         if self._count > _VALUES or id(node) in self._open or len(place) > _DEPTH:
             if self._count != math.inf:  # told once; nothing more is read
-                self.faults.append((place[:1], f"{named(place[:1])} is nested too deep or repeats itself through aliases; write "
-                                    "the values out"))  # fmt: skip
-            self._count = math.inf  # type: ignore[assignment]
+                self.faults.append(
+                    (place[:1], "is nested too deep, or repeats itself through aliases; write the values out")
+                )
+            self._count = math.inf
             return None
         tag = node.tag.removeprefix(_CORE)
         if tag not in ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map"):
-            self.faults.append(
-                (place, f"{named(place)} has the tag {node.tag!r:.60}, and tags are not read; leave it out")
-            )
+            self.faults.append((place, f"has the tag {node.tag!r:.60}, and tags are not read; leave it out"))
             return None
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node)
@@ -198,17 +210,19 @@ class _Values:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = _scalar(key_node), key_node.start_mark.line + 1
-            if not isinstance(key, str) or key_node.tag == f"{_CORE}merge":
+            if not _is_name(key_node):
                 why = "merges are not read; write the fields out" if key == "<<" else "names are text; put it in quotes"
-                self.faults.append((place, f"line {line} has the key {shown(key)}, and {why}"))
+                self.faults.append((place, f"has the key {shown(key)} in line {line}, and {why}"))
             elif key in lines:
-                self.faults.append(
-                    ((*place, key), f"{named((*place, key))} stands in line {lines[key]} and in line {line}; keep one")
-                )
+                self.faults.append(((*place, key), f"stands in line {lines[key]} and in line {line}; keep one"))
             else:
                 lines[key] = line
                 values[key] = self.of(value_node, (*place, key))
         return values
+
+
+def _is_name(node: yaml.Node) -> bool:
+    return isinstance(_scalar(node), str) and node.tag != f"{_CORE}merge"
 
 
 def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401
@@ -218,14 +232,14 @@ def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401
     text, tag = str(node.value), node.tag.removeprefix(_CORE)
     if tag == "null":
         return None
-    if tag == "bool":
-        return text.lower() in ("yes", "true", "on")
+    if tag == "bool" and text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     digits = text.replace("_", "")
     if tag == "int" and _WHOLE.fullmatch(text) and len(digits) < 100:
         return int(digits)
     if tag == "float" and text.lower().endswith((".inf", ".nan")):
         return float(text.replace(".", ""))
-    if (tag == "float" and ":" not in text) or (tag == "str" and node.style is None and _EXPONENT.fullmatch(text)):
+    if (tag == "float" and ":" not in text) or (tag == "str" and node.style is None and _NUMBER.fullmatch(text)):
         try:
             return float(digits)
         except ValueError:
