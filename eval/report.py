@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from flowkit.eval.report_spec import outline, split
 from flowkit.weights import write_bytes
 
 EXPORTS = {"markdown": "md", "csv": "csv", "latex": "tex"}  # formats that the page offers, and the files' endings
+# Where a line may break in names such as FlowMatchEulerDiscreteScheduler and AdaptiveGuidance(threshold=0.99).
+_BREAKS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[(,_/])(?=[^)\s])")
 
 
 def write_report(directory: str | os.PathLike[str]) -> Path:
@@ -61,6 +64,7 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
     """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
     except ImportError as error:
         raise ImportError('a report needs jinja2: pip install "flowkit-diffusion[report]"') from error
     directory = Path(directory)
@@ -69,6 +73,7 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = lambda text: Markup("<wbr>").join(_BREAKS.split(text))
     html = environment.get_template("report.html.jinja").render(page)
     target = directory / "report.html"
     write_bytes(target, html.encode())
