@@ -43,6 +43,14 @@ def run_sweep(
         OSError: for a database that cannot be reached, a folder that cannot be written, or a full disk.
         ValueError: for a faulty configuration, with line and field, or a folder or study of another one.
     """
+    check_extra()
+    from flowkit.eval.sweep.runner import run
+
+    return run(config, output, resume, storage, retry_failed, progress)
+
+
+def check_extra() -> None:
+    """Raises ImportError, with the install line, where a library of sweeps is missing."""
     try:
         import optuna  # noqa: F401
         import psutil  # type: ignore[import-untyped]  # noqa: F401
@@ -50,6 +58,3 @@ def run_sweep(
         import yaml  # noqa: F401
     except ImportError as error:
         raise ImportError(f'a sweep needs {error.name}: pip install "flowkit-diffusion[sweep]"') from error
-    from flowkit.eval.sweep.runner import run
-
-    return run(config, output, resume, storage, retry_failed, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import typer
@@ -35,17 +36,13 @@ def _run(
     Start it several times, here or on machines that share the database, and the workers share the cells. A cell on several GPUs:
     accelerate launch -m flowkit.cli sweep run FILE
     """
-    from flowkit.cli.sweeping import run
-
-    run(file, output, storage)
+    _carried_out().run(file, output, storage)
 
 
 @sweep.command("plan")
 def _plan(file: _File) -> None:
     """Show the cells and what they will cost, from one batch of each kind; nothing is written."""
-    from flowkit.cli.sweeping import plan
-
-    plan(file)
+    _carried_out().plan(file)
 
 
 @sweep.command("resume")
@@ -55,17 +52,13 @@ def _resume(
     storage: _Storage = None,
 ) -> None:
     """Go on with a sweep, from its folder."""
-    from flowkit.cli.sweeping import resume
-
-    resume(folder, failed, storage)
+    _carried_out().resume(folder, failed, storage)
 
 
 @sweep.command("status")
 def _status(folder: _Folder, storage: _Storage = None) -> None:
     """Show which cells are done, running, waiting and failed, and the time left."""
-    from flowkit.cli.sweeping import status
-
-    status(folder, storage)
+    _carried_out().status(folder, storage)
 
 
 @sweep.command("best")
@@ -77,9 +70,7 @@ def _best(
     storage: _Storage = None,
 ) -> None:
     """Show the Pareto front: cells that no other beats in every objective."""
-    from flowkit.cli.sweeping import best
-
-    best(folder, evaluations, storage)
+    _carried_out().best(folder, evaluations, storage)
 
 
 @sweep.command("export")
@@ -90,6 +81,14 @@ def _export(
     storage: _Storage = None,
 ) -> None:
     """Print the table of all cells, as far as they are done."""
-    from flowkit.cli.sweeping import export
+    _carried_out().export(folder, file_format, output, storage)
 
-    export(folder, file_format, output, storage)
+
+def _carried_out() -> ModuleType:
+    """Where the commands are carried out, which needs the extra."""
+    from flowkit.eval.sweep import check_extra
+
+    check_extra()
+    from flowkit.cli import sweeping
+
+    return sweeping
