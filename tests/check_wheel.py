@@ -40,14 +40,22 @@ assert version("flowkit-diffusion") == flowkit.__version__
 for name in flowkit.__all__:
     getattr(flowkit, name)
 modules = [found.name for found in pkgutil.walk_packages(flowkit.__path__, "flowkit.")]
-for name in modules:
+extra = [name for name in modules if name.startswith("flowkit.eval.sweep.") or name == "flowkit.cli.sweeping"]
+assert extra
+for name in (name for name in modules if name not in extra):
     file = importlib.import_module(name).__file__
     assert file and Path(file).is_relative_to(prefix), f"{name} comes from {file}"
+try:
+    flowkit.eval.run_sweep({})
+except ImportError as error:
+    assert "pip install" in str(error), error
+else:
+    raise AssertionError("a sweep ran without its extra")
 strays = [path for path in sys.path if Path(path).resolve().is_relative_to(repository)]
 assert not strays, f"the repository is on the path: {strays}"
 for name in ("schedulers", "pipelines", "distill", "eval"):
     assert importlib.util.find_spec(name) is None, f"a top-level {name} can be imported"
-print(f"{len(flowkit.__all__)} public names and {len(modules)} modules import")
+print(f"{len(flowkit.__all__)} public names and {len(modules) - len(extra)} modules import")
 """
 
 
