@@ -40,6 +40,7 @@ def plot_costs(costs: Costs, paths: Mapping[str, Sequence[int]], file: str | os.
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError('a picture needs matplotlib: pip install "flowkit-diffusion[report]"') from error
     mean = costs.mean().numpy()
@@ -54,6 +55,8 @@ def plot_costs(costs: Costs, paths: Mapping[str, Sequence[int]], file: str | os.
         corners = [(k, j) for a, b in pairwise(path) for k, j in ((a, a), (b, a))] + [(last, last)]
         axes.plot(*zip(*corners, strict=True), color=_COLOURS[i % len(_COLOURS)], linewidth=1.6, label=label)
         axes.plot(path[1:], path[:-1], ".", color=_COLOURS[i % len(_COLOURS)], markersize=6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("anchor where the step ends")
     axes.set_ylabel("anchor where the step begins")
     if paths:

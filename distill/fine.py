@@ -43,6 +43,10 @@ class Fine:
     ends: Tensor
     level: float = 0.0
 
+    def errors(self, ends: Tensor) -> Tensor:
+        """Returns how far other ends of the samples are from these, squared and meant over elements, float64 (B,)."""
+        return (ends.double() - self.ends.double()).flatten(1).square().mean(1)
+
 
 class Runs:
     """Runs of one pipeline under one solver, each sample from the same noise on every grid.
@@ -145,7 +149,7 @@ class Runs:
         rows = self.scheduler.plan(len(grid), None, None, None).rows()
         first = [i for i, row in enumerate(rows) if not i or row.step != rows[i - 1].step]
         with recording(self.pipe, self.scheduler, on_step) as take:
-            for block in self._draw(grid, samples):
+            for block in self._draw(len(grid), samples):
                 run = take()
                 self._check(len(run.outputs), len(rows))
                 yield block, [run.states[i] for i in (*first, -1)], [run.outputs[i] for i in first]
@@ -158,10 +162,25 @@ class Runs:
         """
         rows = self.evaluations(grid)
         with ending(self.pipe, self.scheduler, on_step) as take:
-            for block in self._draw(grid, samples):
+            for block in self._draw(len(grid), samples):
                 states, count = take()
                 self._check(count, rows)
                 yield block, states
+
+    def stock_ends(
+        self, steps: int, samples: range, on_step: _OnStep = lambda rows: None
+    ) -> Iterator[tuple[range, Tensor]]:
+        """Runs samples with the pipeline's own scheduler as it is, on the levels that it chooses for so many steps.
+
+        Yields:
+            As `ends`.
+
+        Raises:
+            ValueError: for a scheduler that cannot take so many steps.
+        """
+        with ending(self.pipe, None, on_step) as take:
+            for block in self._draw(steps, samples):
+                yield block, take()[0]
 
     def errors(self, grid: Grid, fine: Fine, on_step: _OnStep = lambda rows: None) -> Tensor:
         """Returns how far each sample ends from the fine solution, squared and meant over its elements.
@@ -181,11 +200,7 @@ class Runs:
         if grid.sigmas[-1] != fine.level:
             raise ValueError(f"the grid ends at sigma {grid.sigmas[-1]:g}, the fine solution at {fine.level:g}, so their last "
                              "samples do not compare; end the grid there")  # fmt: skip
-        found = []
-        for block, states in self.ends(grid, fine.samples, on_step):
-            wanted = fine.ends[block.start - fine.samples.start : block.stop - fine.samples.start]
-            found.append((states.double() - wanted.double()).flatten(1).square().mean(1))
-        errors = torch.cat(found)
+        errors = fine.errors(torch.cat([states for _, states in self.ends(grid, fine.samples, on_step)]))
         if not bool(errors.isfinite().all()):
             raise ValueError(f"{int((~errors.isfinite()).sum())} of {len(errors)} samples end in NaN or infinity on the levels "
                              f"{list(grid.sigmas)!r:.120}; try float32, or another solver")  # fmt: skip
@@ -194,15 +209,15 @@ class Runs:
     def start(self, grid: Grid) -> Tensor:
         """Returns the noise that sample 0 begins with on a grid, (1, ...), at the cost of one network evaluation."""
         self.scheduler.set_grid(grid)
-        return first_sample(self.pipe, self.scheduler, lambda: list(self._draw(grid, range(1))))
+        return first_sample(self.pipe, self.scheduler, lambda: list(self._draw(len(grid), range(1))))
 
     def blocks(self, samples: range) -> list[range]:
         """Returns the batches that samples are drawn in."""
         return blocks(self.pipe, len(samples), inputs=self.inputs, batch_size=self.batch_size, start=samples.start)
 
-    def _draw(self, grid: Grid, samples: range) -> Iterator[range]:
+    def _draw(self, steps: int, samples: range) -> Iterator[range]:
         """Calls the pipeline for one batch after the other; images are not decoded where that costs another network."""
-        call = {**self.call, "num_inference_steps": len(grid)}
+        call = {**self.call, "num_inference_steps": steps}
         if "output_type" in parameters(self.pipe) and getattr(self.pipe, "vae", None) is not None:
             call.setdefault("output_type", "latent")
         cut = self.blocks(samples)

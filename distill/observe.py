@@ -59,16 +59,17 @@ class _First(Part):
 
 
 @contextmanager
-def under(pipe: Any, scheduler: RectifiedFlowScheduler, *parts: Part) -> Iterator[None]:  # noqa: ANN401
+def under(pipe: Any, scheduler: RectifiedFlowScheduler | None, *parts: Part) -> Iterator[None]:  # noqa: ANN401
     """Puts a scheduler and parts into a pipeline; the pipeline's own is back afterwards, after an error too.
 
     Args:
         pipe: any diffusers pipeline that `flowkit.attach` takes.
-        scheduler: the one to run; it is forked, not changed.
+        scheduler: the one to run; it is forked, not changed. None means the pipeline's own.
         *parts: to attach.
     """
     before = pipe.scheduler
-    pipe.scheduler = scheduler.fork()
+    if scheduler is not None:
+        pipe.scheduler = scheduler.fork()
     try:
         with attach(pipe, *parts):
             yield
@@ -111,14 +112,14 @@ def recording(
 @contextmanager
 def ending(
     pipe: Any,  # noqa: ANN401
-    scheduler: RectifiedFlowScheduler,
+    scheduler: RectifiedFlowScheduler | None,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Callable[[], tuple[Tensor, int]]]:
     """Runs a pipeline under a scheduler, see `under`, and keeps where it ends.
 
     Args:
         pipe: any diffusers pipeline that `flowkit.attach` takes.
-        scheduler: the one to run; it is forked, not changed.
+        scheduler: the one to run; it is forked, not changed. None means the pipeline's own.
         on_step: called after each step with the number of samples in the batch.
 
     Yields:

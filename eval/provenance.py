@@ -55,6 +55,8 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     attached = [part for part in attached_to(pipe) if not isinstance(part, Recorder)]
     scheduler = getattr(pipe, "scheduler", None)
     levels = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
+    # Which values are defaults diffusers lists in the order of a set, another one in every process.
+    config = {k: v for k, v in getattr(scheduler, "config", {}).items() if k != "_use_default_values"}
     return {
         "class": type(pipe).__qualname__,
         "source": getattr(pipe, "name_or_path", None),
@@ -62,7 +64,7 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
         "device": str(pipe.device),
         "scheduler": {
             "class": type(scheduler).__qualname__,
-            "config": describe(dict(getattr(scheduler, "config", {}))),
+            "config": describe(config),
             **{name: describe(np.asarray(v).tolist()) for name, v in levels.items() if v is not None},
         },
         **({"attached": [_settings(part) for part in attached]} if attached else {}),

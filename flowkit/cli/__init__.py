@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from flowkit.cli.fid import fid
 from flowkit.cli.report import report
+from flowkit.cli.steps import Numbers, steps
 from flowkit.cli.sweep import sweep
 
 # What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
@@ -371,6 +372,7 @@ def _sample(
     )
 
 
+app.command("steps", cls=Numbers)(steps)
 app.add_typer(fid, name="fid")
 app.command("report")(report)
 app.add_typer(sweep, name="sweep")

@@ -247,7 +247,7 @@ def draw(job: Job, mine: Sequence[range], seed: int, console: Console, title: st
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=console.quiet or not mine) as bar, _memory_told():
+    with Progress(*columns, console=console, disable=console.quiet or not mine) as bar, memory_told():
         task = bar.add_task(title, total=total)
 
         def on_step(part: float) -> None:
@@ -310,7 +310,7 @@ def _report(job: Job, drawn: int, seconds: float, overview: Path | None) -> None
 
 
 @contextmanager
-def _memory_told() -> Iterator[None]:
+def memory_told() -> Iterator[None]:
     """Says what to do where the device has too little memory."""
     try:
         yield
