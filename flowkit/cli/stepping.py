@@ -110,6 +110,7 @@ def run(given: Options, search: Search) -> None:
     batch = given.batch_size or (4 if "prompt" in request.rows[0] else 64)
     inputs = request.inputs() if request.rows != [{}] else None
     shared = {"inputs": inputs, "call": request.call, "seed": given.seed, "batch_size": batch}
+    goal = {"reference": search.reference} if search.objective == "fid" else {}
     if search.reference is not None:
         match(search.reference, None, device_of(pipe))
     folder = given.output
@@ -119,7 +120,7 @@ def run(given: Options, search: Search) -> None:
         _say_time(runs, steps, search, held_out, console)
         grids = optimize_steps(
             pipe, steps, method=search.method, objective=search.objective, solver=search.solver, anchors=search.anchors,
-            samples=search.samples, held_out=held_out, budget=search.budget, output=folder / SEARCH, **shared,
+            samples=search.samples, held_out=held_out, budget=search.budget, output=folder / SEARCH, **shared, **goal,
         )  # fmt: skip
         for k, grid in grids.items():
             grid.save(folder / f"{k}.json")
@@ -168,7 +169,7 @@ def _say_time(runs: Runs, steps: list[int], search: Search, held_out: int, conso
     began = time.perf_counter()
     list(runs.ends(one, batch))
     seconds = (time.perf_counter() - began) / (len(batch) * runs.evaluations(one))
-    budget = search.budget if search.objective == "final" else 0
+    budget = 0 if search.objective == "local" else search.budget
     needed = forecast(runs, steps, search.anchors, search.samples, held_out, budget)
     others = 2 * held_out * sum(runs.evaluations(runs.anchors(k)) for k in steps)
     measured = needed.pop("measurement") + 2 * others

@@ -72,10 +72,10 @@ def steps(
         typer.Option(help="bellman: anchors of a fine run; evolve: evolutionary search.", rich_help_panel=_SEARCH),
     ] = "bellman",
     objective: Annotated[
-        Literal["final", "local"],
+        Literal["final", "local", "fid"],
         typer.Option(
             help="final: the error of the last sample; local: the sum of each step's own error, without a search, which can lose "
-            "to even steps.",
+            "to even steps; fid, of evolve alone: FD from --reference.",
             rich_help_panel=_SEARCH,
         ),
     ] = "final",
