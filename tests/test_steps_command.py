@@ -93,7 +93,7 @@ def test_the_stock_scheduler_is_run_as_it_is(run: tuple[Path, list[str]]) -> Non
     for grid in (Grid(levels), Grid(tuple(found["levels"]))):
         pipe.scheduler.set_grid(grid)
         figures.append(evaluate(pipe, "digits", 40, **how).figure("fid"))
-    more = paired(*figures)
+    more = paired(figures[0], figures[1])
     assert found["fd"] == pytest.approx([figures[1].value, figures[1].se], rel=1e-4)
     assert stock["fd_more_than_found"] == pytest.approx([more.value, more.se], rel=1e-3)
 
@@ -242,7 +242,8 @@ def test_a_search_of_other_settings_is_refused(run: tuple[Path, list[str]]) -> N
 
 def test_a_grid_for_another_path_is_refused(tmp_path: Path) -> None:
     Grid((3.0, 1.0, 0.0), "vp").save(tmp_path / "vp.json")
-    *_, error = invoke("digits", "--labels", 0, "--grid", tmp_path / "vp.json", "--output", tmp_path / "out", code=2, command="sample")  # fmt: skip
+    arguments = ("digits", "--labels", 0, "--grid", tmp_path / "vp.json", "--output", tmp_path / "out")
+    *_, error = invoke(*arguments, code=2, command="sample")
     assert "belongs to the path 'vp', this scheduler walks 'flow'" in error
 
 

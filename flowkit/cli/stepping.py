@@ -109,8 +109,8 @@ def run(given: Options, search: Search) -> None:
     pipe, request, _, _ = open_model(given, state.device, console)
     batch = given.batch_size or (4 if "prompt" in request.rows[0] else 64)
     inputs = request.inputs() if request.rows != [{}] else None
-    shared = {"inputs": inputs, "call": request.call, "seed": given.seed, "batch_size": batch}
-    goal = {"reference": search.reference} if search.objective == "fid" else {}
+    shared: dict[str, Any] = {"inputs": inputs, "call": request.call, "seed": given.seed, "batch_size": batch}
+    goal: dict[str, Any] = {"reference": search.reference} if search.objective == "fid" else {}
     if search.reference is not None:
         match(search.reference, None, device_of(pipe))
     folder = given.output
@@ -225,7 +225,8 @@ def _measure(
     display: Progress,
 ) -> None:
     """Errors on held-out noise; a stock scheduler that cannot take so many steps has none."""
-    samples = range(search.samples, search.samples + held_out)
+    first = search.samples * (2 if search.method == "evolve" else 1)  # which ranks its best grids on as many again
+    samples = range(first, first + held_out)
     fine = fine_solution(runs, runs.anchors(search.anchors), samples, folder, display)
     task = display.add_task("errors", total=len(rows))
     for row in rows:
