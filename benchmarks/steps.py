@@ -176,7 +176,7 @@ def measure(file: Path, settings: Record) -> Record:
 
 def tables(results: Record) -> str:
     """The tables of docs/steps.md: a line for each number of steps and solver, a column for each grid."""
-    parts = []
+    parts = [summary(results)]
     for name, settings in results["settings"].items():
         found = {key.split("/")[1]: row for key, row in results["rows"].items() if key.startswith(f"{name}/")}
         if not found:
@@ -202,6 +202,28 @@ def tables(results: Record) -> str:
             )
             parts.append(f"{title}\n\n{markdown(head, cells)}")
     return "\n".join(parts)
+
+
+def summary(results: Record) -> str:
+    """How many searches of two steps or more came out better and worse than uniform, by two standard errors."""
+    body = []
+    for name in results["settings"]:
+        rows = [
+            row
+            for key, found in results["rows"].items()
+            for k, row in found.items()
+            if key.startswith(f"{name}/") and k != "1"
+        ]
+        columns = [[row[label]["rmse_gain"] for row in rows] for label in ("local", "final")]
+        columns.append([row["final"]["fd_gain"] for row in rows if "fd_gain" in row["final"]])
+        cells = []
+        for gains in columns:
+            better, worse = (sum(sign * value > 2 * error for value, error in gains) for sign in (1, -1))
+            cells.append(f"{better} better, {worse} worse" if gains else "")
+        body.append([name, str(len(rows)), *cells])
+    head = ["", "searches", "local, RMSE", "final, RMSE", "final, FD"]
+    title = "**Against uniform, by more than two standard errors** (all numbers of steps but 1, all solvers)"
+    return f"{title}\n\n{markdown(head, body, text=(0, 2, 3, 4))}"
 
 
 def gain(row: Record, label: str) -> str:
