@@ -59,7 +59,7 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     config = {k: v for k, v in getattr(scheduler, "config", {}).items() if k != "_use_default_values"}
     return {
         "class": type(pipe).__qualname__,
-        "source": getattr(pipe, "name_or_path", None),
+        "source": describe(getattr(pipe, "name_or_path", None)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
         "scheduler": {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,6 +22,8 @@ from flowkit.distill.fine import Runs, fine_solution, rmse
 from flowkit.eval import evaluate
 from flowkit.eval.intervals import paired
 from flowkit.eval.provenance import describe_pipeline
+
+from . import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--anchors", 12, "--samples", 6, "--held-out", 10, "--budget", 24)
@@ -235,16 +237,32 @@ def test_a_model_without_labels_and_folders_that_cannot_be_used(tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_folder_of_diffusers_with_its_own_scheduler(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    tiny.build("dit", scheduler).save_pretrained(tmp_path / "dit")
+    lines = invoke(tmp_path / "dit", "--labels", "0,1", *TINY, "--steps", 1, "--output", tmp_path / "runs")
+    assert lines[-1].startswith("in stock diffusers: DDIMScheduler takes neither sigmas nor timesteps")
+    rows = json.loads((tmp_path / "runs" / "steps.json").read_text())["rows"]
+    assert all(row["rmse"][0] > 0 for row in rows)
+    grid = Grid.load(tmp_path / "runs" / "1.json")
+    assert (grid.path, grid.solver, len(grid)) == ("vp", "euler", 1)
+    *_, error = invoke(
+        "digits",
+        "--labels",
+        0,
+        "--grid",
+        tmp_path / "runs" / "1.json",
+        "--output",
+        tmp_path / "out",
+        code=2,
+        command="sample",
+    )
+    assert "belongs to the path 'vp', this scheduler walks 'flow'" in error
+
+
 def test_a_search_of_other_settings_is_refused(run: tuple[Path, list[str]]) -> None:
     *_, error = invoke(*MEASURED, "--seed", 1, "--output", run[0], code=2)
     assert "samples.seed 0, this one has 1; choose another folder" in error
-
-
-def test_a_grid_for_another_path_is_refused(tmp_path: Path) -> None:
-    Grid((3.0, 1.0, 0.0), "vp").save(tmp_path / "vp.json")
-    arguments = ("digits", "--labels", 0, "--grid", tmp_path / "vp.json", "--output", tmp_path / "out")
-    *_, error = invoke(*arguments, code=2, command="sample")
-    assert "belongs to the path 'vp', this scheduler walks 'flow'" in error
 
 
 def test_help_needs_no_torch() -> None:

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,8 +364,10 @@ def _say_how(given: Options, runs: Runs, stock: Any, folder: Path, steps: list[i
     typer.echo("in Python:          pipe.scheduler = flowkit.RectifiedFlowScheduler.from_config("
                f'pipe.scheduler.config, solver="{solver}")')  # fmt: skip
     typer.echo(f'                    pipe.scheduler.set_grid(flowkit.Grid.load("{file}"))')
-    with suppress(ValueError):  # a class that cannot be put on these levels
+    folder_too = Path(given.model).is_dir() and not isinstance(runs.pipe.scheduler, RectifiedFlowScheduler)
+    name = given.model if folder_too else type(stock).__name__
+    try:
         Grid.load(file).for_stock(stock)
-        folder_too = Path(given.model).is_dir() and not isinstance(runs.pipe.scheduler, RectifiedFlowScheduler)
-        name = given.model if folder_too else type(stock).__name__
         typer.echo(f"in stock diffusers: flowkit grid {shlex.join([str(file), '--for-stock', name])}")
+    except ValueError as error:
+        typer.echo(f"in stock diffusers: {error}")
