@@ -210,6 +210,7 @@ def test_numbers_of_steps_are_read_as_people_write_them(
         (("--steps", "4", "--solver", "sde-dpm++2m"), "draws noise at every step"),
         (("--steps", "4", "--solver", "fast"), "unknown solver 'fast'"),
         (("--steps", "4", "--budget", "5"), "budget=5 is enough for 1 runs of 4 steps"),
+        (("--steps", "4", "--objective", "fid"), "--objective fid is of --method evolve, and needs a --reference"),
         (("--steps", "4", "--samples", "1"), "--samples 1 is out of range; give at least 2"),
         (("--steps", "4", "--reference", "gone"), "no reference 'gone'"),
         (("--steps", "4", "--arg", "num_inference_steps=3"), "num_inference_steps cannot be in call"),

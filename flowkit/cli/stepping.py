@@ -144,6 +144,8 @@ def _check(given: Options, search: Search) -> tuple[list[int], int]:
     words = search.numbers.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
         raise ValueError(f"--steps {search.numbers!r} are no numbers of steps; write them as --steps 2 4 6 8")
+    if search.objective == "fid" and (search.method != "evolve" or search.reference is None):
+        raise ValueError("--objective fid is of --method evolve, and needs a --reference; give both, or leave it out")
     held_out = search.samples if search.held_out is None else search.held_out
     for option, value, least in (
         ("--anchors", search.anchors, 1),
