@@ -124,7 +124,7 @@ def cost() -> dict[str, Any]:
 def by_cpu_time() -> Seconds:
     """CPU seconds of the sweep, and of the sampling and features of its cells, which are otherwise timed by the clock."""
     clock = collect.time
-    collect.time = types.SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
+    collect.time = types.SimpleNamespace(perf_counter=time.thread_time)
     try:
         with tempfile.TemporaryDirectory() as folder:
             entries, seconds = timed(lambda: run_sweep(COST, Path(folder) / "sweep", progress=False))
