@@ -76,7 +76,7 @@ PNDM = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-PICTURE = (1000, 760)  # pixels of docs/sweep.png
+PICTURE = (1280, 960)  # pixels of docs/sweep.png
 Seconds = dict[str, float]
 
 
