@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from flowkit.eval.sweep import worker
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import read as read_config
 from flowkit.eval.sweep.storage import storage_url
+from flowkit.eval.sweep.study import Claim, Study
 from flowkit.progress import bar
 
 from . import postgres
@@ -155,6 +157,8 @@ def test_plan_says_what_it_will_cost(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = " ".join(invoke("sweep", "plan", file).split())
     assert "4 cells of 40 images" in text
     assert "in all 160 images, 600 network evaluations, about" in text
+    file.write_text(yaml.safe_dump(sweep(solver="heun", axes={"steps": [8, 1, 2]})))
+    assert f"{40 * (1 + 3 + 15)} network evaluations" in " ".join(invoke("sweep", "plan", file).split())
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
     file.write_text(
         yaml.safe_dump(sweep(search={"sampler": "tpe", "trials": 10}, axes={"steps": {"low": 1, "high": 4}}))
@@ -259,6 +263,47 @@ def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.M
     assert "2 cells, 2 waiting" in invoke("sweep", "status", tmp_path / "out")
     monkeypatch.setattr(worker.Worker, "measure", measure)
     assert [entry.state for entry in run_sweep(config, tmp_path / "out", progress=False)] == ["done"] * 2
+
+
+def test_a_cell_that_nobody_works_on_does_not_look_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.Worker, "measure", lambda *_: (_ for _ in ()).throw(SystemExit))
+    before = threading.active_count()
+    with pytest.raises(SystemExit):
+        run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert threading.active_count() == before
+
+
+def test_a_worker_that_was_taken_for_dead_leaves_the_folder_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[bool] = []
+
+    def late(self: Study, claim: Claim, *figures: Any) -> bool:
+        self.give_back(claim)  # as another worker does with a trial that was silent
+        monkeypatch.setattr(Study, "finish", finish)
+        return self.finish(claim, *figures)
+
+    def forget(self: worker.Worker, cell: Cell) -> None:
+        left.append((self.folder(cell) / "samples").is_dir())
+
+    finish = Study.finish
+    monkeypatch.setattr(Study, "finish", late)
+    monkeypatch.setattr(worker.Worker, "forget", forget)
+    entries = run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert [entry.state for entry in entries] == ["done"]
+    assert left == [True, True]  # by the one that has the cell, and at the end
+
+
+def test_equal_cells_at_the_same_time_are_both_done(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(self: worker.Worker, cell: Cell) -> Any:
+        shutil.copytree(finished / "cells" / cell.key, self.folder(cell))
+        raise FileNotFoundError("samples/block-000000.json")  # the faster one has removed it
+
+    monkeypatch.setattr(worker.Worker, "_measured", overtaken)
+    assert [entry.state for entry in run_sweep(SMALL, tmp_path / "out", progress=False)] == ["done"] * 8
+    assert figures(tmp_path / "out") == figures(finished)
 
 
 def test_a_full_disk_stops_the_worker_and_costs_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

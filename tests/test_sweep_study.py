@@ -279,7 +279,7 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(broken:
     with pytest.raises(OSError, match=r"the study's database .* cannot be used .*; check that it runs") as caught:
         opened(sweep(), storage_url(broken, tmp_path))
     assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match="storage 'nonsense' is no URL; write postgresql://"):
+    with pytest.raises(ValueError, match="storage is no URL; write postgresql://"):
         storage_url("nonsense", tmp_path)
 
 

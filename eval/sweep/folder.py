@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.engine import make_url
-
 from flowkit.eval.provenance import first_difference
 from flowkit.eval.runs import write_json
 from flowkit.eval.sweep.config import SweepConfig, read
+from flowkit.eval.sweep.storage import parsed
 from flowkit.weights import check_writable
 
 SETTINGS = "sweep.json"
@@ -68,7 +67,7 @@ def make(folder: Path, config: SweepConfig, storage: str | None) -> None:
         {
             "format": _FORMAT,
             "base": str(config.path("").absolute()),
-            "storage": None if storage is None else make_url(storage).render_as_string(),
+            "storage": None if storage is None else parsed(storage).render_as_string(),
             "config": config.source(),
             "describes": config.describe(),
         },
@@ -93,7 +92,7 @@ def load(folder: Path, storage: str | None = None) -> tuple[SweepConfig, str | N
         raise ValueError(f"the sweep in {folder} has changed since it began: {place} was {old!r:.80}, now it is {new!r:.80}; put "
                          "its files back")  # fmt: skip
     storage = storage or content["storage"]
-    if storage is not None and make_url(storage).password == "***":
+    if storage is not None and parsed(storage).password == "***":
         raise ValueError(f"the database of {folder} asks for a password, which is not kept; pass --storage URL, or leave the "
                          "password to ~/.pgpass or PGPASSWORD")  # fmt: skip
     return config, storage

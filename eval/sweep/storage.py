@@ -33,15 +33,22 @@ def storage_url(storage: str | None, output: Path) -> str:
     """
     if storage is None:
         return f"sqlite:///{(output / 'study.db').absolute()}"
-    try:
-        url = make_url(storage)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise ValueError(
-            f"storage {storage!r} is no URL; write postgresql://user@host/database, or leave it out"
-        ) from error
+    url = parsed(storage)
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")  # the driver that the extra "postgres" installs
     return url.render_as_string(hide_password=False)
+
+
+def parsed(storage: str) -> sqlalchemy.URL:
+    """Returns the parts of a URL.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    try:
+        return make_url(storage)
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # it may hold a password, and is not repeated
+        raise ValueError("storage is no URL; write postgresql://user@host/database, or leave it out") from error
 
 
 def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
