@@ -342,6 +342,26 @@ def test_folders_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     assert "is not JSON" in invoke("sweep", "best", tmp_path, code=2)
 
 
+def test_a_sweep_goes_on_in_the_database_it_began_with(tmp_path: Path) -> None:
+    config, url = sweep(axes={"steps": [1]}), f"sqlite:///{tmp_path / 'shared.db'}"
+    run_sweep(config, tmp_path / "out", storage=url, progress=False)
+    run_sweep(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "study.db").exists()
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert content["storage"] == url
+    secret = content | {"storage": "postgresql://user:***@host/db"}
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(secret))
+    with pytest.raises(ValueError, match="asks for a password, which is not kept; pass --storage URL"):
+        run_sweep(config, tmp_path / "out", progress=False)
+
+
+def test_figures_are_printed_where_characters_are_few(finished: Path) -> None:
+    call = [sys.executable, "-m", "flowkit.cli", "sweep", "best", str(finished)]
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"euler, 1 step, w = 1" in done.stdout
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("runuser"), reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere

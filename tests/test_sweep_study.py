@@ -332,7 +332,7 @@ def test_slots_that_two_workers_put_back_at_once_are_done_once(url: str) -> None
     one, two = opened(sweep(axes=axes), url), opened(sweep(axes=axes), url)
     before = one._trials()
     two._fill({slot: [] for slot in before})  # as if it had looked before the first filled
-    claims = []
+    claims: list[Claim] = []
     while (claim := (one, two)[len(claims) % 2].claim()) is not None:
         claims.append(claim)
     assert [claim.slot for claim in claims] == [0, 1]

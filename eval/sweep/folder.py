@@ -91,11 +91,20 @@ def load(folder: Path, storage: str | None = None) -> tuple[SweepConfig, str | N
         place, old, new = found
         raise ValueError(f"the sweep in {folder} has changed since it began: {place} was {old!r:.80}, now it is {new!r:.80}; put "
                          "its files back")  # fmt: skip
-    storage = storage or content["storage"]
+    return config, storage or find_storage(folder)
+
+
+def find_storage(folder: Path) -> str | None:
+    """Returns the URL of the database that the sweep of a folder began with; None for SQLite in the folder, and without a sweep.
+
+    Raises:
+        ValueError: for one that asks for a password.
+    """
+    storage: str | None = _content(folder)["storage"] if (folder / SETTINGS).is_file() else None
     if storage is not None and parsed(storage).password == "***":
         raise ValueError(f"the database of {folder} asks for a password, which is not kept; pass --storage URL, or leave the "
                          "password to ~/.pgpass or PGPASSWORD")  # fmt: skip
-    return config, storage
+    return storage
 
 
 def _content(folder: Path) -> Mapping[str, Any]:

@@ -56,7 +56,7 @@ class _Book(AbstractContextManager["_Book"]):
     def __init__(self, worker: Worker, place: Path, storage: str | None, again: bool, bar: Progress) -> None:
         self._worker, self._place, self._bar = worker, place, bar
         self._config = worker.config
-        storage = storage or self._config.storage
+        storage = storage or self._config.storage or folder.find_storage(place)
         place.mkdir(parents=True, exist_ok=True)
         self._study = Study(self._config, storage_url(storage, place))
         self._study.open()

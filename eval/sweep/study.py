@@ -29,7 +29,7 @@ from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.axes import Range
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import SweepConfig
-from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable
+from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable, reason
 
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _PATIENCE = 60  # seconds to wait for the worker that has just made the study
@@ -259,7 +259,7 @@ class Study:
                 try:
                     self._storage.record_heartbeat(claim.trial._trial_id)
                 except Exception as error:
-                    logging.getLogger(__name__).warning("no heartbeat: %s", error)
+                    logging.getLogger(__name__).warning("no heartbeat: %s", reason(error))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
