@@ -246,12 +246,16 @@ def test_two_workers_on_postgresql_share_forty_cells_and_one_is_killed(tmp_path:
 def test_a_cell_runs_on_two_processes(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "flowkit.cli"]
+    # accelerate starts several processes on one machine for GPUs only; without any they share the work on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flowkit.cli"]  # fmt: skip
     call = ["sweep", "run", str(file), "--output", str(tmp_path / "out")]
     done = subprocess.run([*launch, *call], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("8 of 8 cells") == 1
     assert figures(tmp_path / "out") == figures(finished)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["spec"]["processes"] for row in rows] == [2] * 8
 
 
 def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
