@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from flowkit.eval.sweep import worker
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import read as read_config
 from flowkit.eval.sweep.storage import storage_url
+from flowkit.eval.sweep.study import Claim, Study
 from flowkit.progress import bar
 
 from . import postgres
@@ -155,6 +157,8 @@ def test_plan_says_what_it_will_cost(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = " ".join(invoke("sweep", "plan", file).split())
     assert "4 cells of 40 images" in text
     assert "in all 160 images, 600 network evaluations, about" in text
+    file.write_text(yaml.safe_dump(sweep(solver="heun", axes={"steps": [8, 1, 2]})))
+    assert f"{40 * (1 + 3 + 15)} network evaluations" in " ".join(invoke("sweep", "plan", file).split())
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
     file.write_text(
         yaml.safe_dump(sweep(search={"sampler": "tpe", "trials": 10}, axes={"steps": {"low": 1, "high": 4}}))
@@ -242,12 +246,16 @@ def test_two_workers_on_postgresql_share_forty_cells_and_one_is_killed(tmp_path:
 def test_a_cell_runs_on_two_processes(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "flowkit.cli"]
+    # accelerate starts several processes on one machine for GPUs only; without any they share the work on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flowkit.cli"]  # fmt: skip
     call = ["sweep", "run", str(file), "--output", str(tmp_path / "out")]
     done = subprocess.run([*launch, *call], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("8 of 8 cells") == 1
     assert figures(tmp_path / "out") == figures(finished)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["spec"]["processes"] for row in rows] == [2] * 8
 
 
 def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +267,47 @@ def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.M
     assert "2 cells, 2 waiting" in invoke("sweep", "status", tmp_path / "out")
     monkeypatch.setattr(worker.Worker, "measure", measure)
     assert [entry.state for entry in run_sweep(config, tmp_path / "out", progress=False)] == ["done"] * 2
+
+
+def test_a_cell_that_nobody_works_on_does_not_look_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.Worker, "measure", lambda *_: (_ for _ in ()).throw(SystemExit))
+    before = threading.active_count()
+    with pytest.raises(SystemExit):
+        run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert threading.active_count() == before
+
+
+def test_a_worker_that_was_taken_for_dead_leaves_the_folder_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[bool] = []
+
+    def late(self: Study, claim: Claim, *figures: Any) -> bool:
+        self.give_back(claim)  # as another worker does with a trial that was silent
+        monkeypatch.setattr(Study, "finish", finish)
+        return self.finish(claim, *figures)
+
+    def forget(self: worker.Worker, cell: Cell) -> None:
+        left.append((self.folder(cell) / "samples").is_dir())
+
+    finish = Study.finish
+    monkeypatch.setattr(Study, "finish", late)
+    monkeypatch.setattr(worker.Worker, "forget", forget)
+    entries = run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert [entry.state for entry in entries] == ["done"]
+    assert left == [True, True]  # by the one that has the cell, and at the end
+
+
+def test_equal_cells_at_the_same_time_are_both_done(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(self: worker.Worker, cell: Cell) -> Any:
+        shutil.copytree(finished / "cells" / cell.key, self.folder(cell))
+        raise FileNotFoundError("samples/block-000000.json")  # the faster one has removed it
+
+    monkeypatch.setattr(worker.Worker, "_measured", overtaken)
+    assert [entry.state for entry in run_sweep(SMALL, tmp_path / "out", progress=False)] == ["done"] * 8
+    assert figures(tmp_path / "out") == figures(finished)
 
 
 def test_a_full_disk_stops_the_worker_and_costs_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +344,26 @@ def test_folders_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     assert "so no sweep began there; pass the output folder of one" in invoke("sweep", "status", tmp_path, code=2)
     (tmp_path / "sweep.json").write_text("{")
     assert "is not JSON" in invoke("sweep", "best", tmp_path, code=2)
+
+
+def test_a_sweep_goes_on_in_the_database_it_began_with(tmp_path: Path) -> None:
+    config, url = sweep(axes={"steps": [1]}), f"sqlite:///{tmp_path / 'shared.db'}"
+    run_sweep(config, tmp_path / "out", storage=url, progress=False)
+    run_sweep(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "study.db").exists()
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert content["storage"] == url
+    secret = content | {"storage": "postgresql://user:***@host/db"}
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(secret))
+    with pytest.raises(ValueError, match="asks for a password, which is not kept; pass --storage URL"):
+        run_sweep(config, tmp_path / "out", progress=False)
+
+
+def test_figures_are_printed_where_characters_are_few(finished: Path) -> None:
+    call = [sys.executable, "-m", "flowkit.cli", "sweep", "best", str(finished)]
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"euler, 1 step, w = 1" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("runuser"), reason="root may write everywhere")
