@@ -57,7 +57,7 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     levels = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
     return {
         "class": type(pipe).__qualname__,
-        "source": getattr(pipe, "name_or_path", None),
+        "source": describe(getattr(pipe, "name_or_path", None)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
         "scheduler": {

@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from typer.testing import CliRunner
 
 import flowkit
@@ -34,7 +37,7 @@ from flowkit.eval.sweep.storage import storage_url
 from flowkit.eval.sweep.study import Claim, Study
 from flowkit.progress import bar
 
-from . import postgres
+from . import postgres, tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -118,7 +121,7 @@ def test_a_cell_that_fails_is_noted_and_the_rest_go_on(tmp_path: Path, monkeypat
 
     def failing(self: worker.Worker, cell: Cell) -> Any:
         if cell.get("solver") == "unipc" and cell.get("steps") == 1:
-            raise ArithmeticError("the samples are not finite")
+            raise ArithmeticError("the samples are \x1b[31mnot\nfinite")
         return measure(self, cell)
 
     file = tmp_path / "sweep.yaml"
@@ -127,10 +130,11 @@ def test_a_cell_that_fails_is_noted_and_the_rest_go_on(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     text = invoke("sweep", "run", file, "--output", "out", code=1)
     assert "3 of 4 cells; report: out/report.html" in text
-    assert "4 cells, 3 done, 1 failed\nfailed: unipc, 1 step: ArithmeticError: the samples are not finite" in invoke(
-        "sweep", "status", "out"
+    assert (
+        "4 cells, 3 done, 1 failed\nfailed: unipc, 1 step: ArithmeticError: the samples are  [31mnot finite"
+        in invoke("sweep", "status", "out")
     )
-    assert "the samples are not finite" in (tmp_path / "out" / "report.html").read_text()
+    assert "the samples are  [31mnot finite" in (tmp_path / "out" / "report.html").read_text()
     monkeypatch.setattr(worker.Worker, "measure", measure)
     assert "3 of 4 cells" in invoke("sweep", "resume", "out", code=1)
     assert "4 of 4 cells" in invoke("sweep", "resume", "out", "--failed")
@@ -433,3 +437,38 @@ def test_guidance_grid_files_students_and_stock_schedulers(tmp_path: Path, monke
     projected = next(spec for name, spec in found.items() if "Projected" in name)
     assert projected["pipeline"]["attached"][0]["scale"] == 2.0
     assert read_config(config).cells()[0].get("model") == "student"
+
+
+def test_a_text_to_image_model_with_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, a LoRA beside none, guidance methods, stock and our solvers; each cell finds the model as it was saved."""
+    pipe = tiny.build("sd15", DDIMScheduler(clip_sample=False, steps_offset=1))
+    pipe.save_pretrained(tmp_path / "sd")
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
+    images = torch.randint(0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    flowkit.eval.make_statistics(images, PixelExtractor(3, grid=2), progress=False).save(
+        tmp_path / "reference.safetensors"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "name": "text", "model": "sd", "reference": "reference.safetensors", "images": 6, "batch_size": 3, "keep": 2,
+        "prompts": ["a cat", "a dog"], "call": {"height": 16, "width": 16, "negative_prompt": "blurry"}, "steps": 3,
+        "axes": [
+            {"lora": ["none", "lora/pytorch_lora_weights.safetensors"], "solver": ["euler", "dpm++2m"]},
+            {"scheduler": ["keep"], "guidance_scale": [1.0, 5.0]},
+            {"guidance_scale": [5.0], "guidance": [{"method": "AdaptiveGuidance", "threshold": -1.5}]},
+        ],
+    }  # fmt: skip
+    entries = run_sweep(config, "out", progress=False)
+    assert [(entry.state, entry.error) for entry in entries] == [("done", None)] * 7
+    found = {entry.cell.name: entry.result for entry in entries if entry.cell and entry.result}
+    sha = {name: result["spec"]["samples"]["sha256"] for name, result in found.items()}
+    weights = {name: result["spec"]["pipeline"]["weights_sha256"] for name, result in found.items()}
+    assert len(set(sha.values())) == 7
+    assert [len({w for n, w in weights.items() if ("LoRA" in n) == lora}) for lora in (False, True)] == [1, 1]
+    assert len(set(weights.values())) == 2
+    calls = {name: result["spec"]["network_evaluations"] for name, result in found.items()}
+    assert sorted(calls.values()) == [3, 4, 6, 6, 6, 6, 6]

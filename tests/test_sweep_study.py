@@ -103,6 +103,7 @@ def worker(config: SweepConfig, url: str, pause: float = 0) -> subprocess.Popen[
     return subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_processes_that_begin_together_do_every_cell_once(url: str) -> None:
     axes = {"steps": list(range(1, 13)), "solver": ["euler", "unipc"]}
     config = sweep(name="many", axes=axes)
@@ -123,6 +124,16 @@ def killed_in_a_cell(config: SweepConfig, url: str) -> int:
     return slot
 
 
+def test_a_cell_of_a_process_that_is_no_more_waits_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, alive = opened(sweep(), url), opened(sweep(), url)
+    with monkeypatch.context() as gone:
+        gone.setattr("flowkit.eval.sweep.study.identity", lambda: {**storage.identity(), "pid": 2**30, "started": 0.0})
+        assert dead.claim() is not None
+    taken = [claim.slot for claim in iter(alive.claim, None) if claim]
+    assert sorted(taken) == list(range(6))
+
+
+@pytest.mark.slow
 def test_a_cell_whose_worker_was_killed_waits_again_at_once(url: str) -> None:
     study = opened(sweep(), url)
     assert killed_in_a_cell(sweep(), url) == 0

@@ -117,7 +117,7 @@ class _Book(AbstractContextManager["_Book"]):
         if stop:
             self._study.give_back(claim)
             return
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        text = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {' '.join(str(error).split())}")
         if self._study.fail(claim, text[:2000]):
             self._say(f"failed: {claim.cell.name}: {text[:300]}")
 
