@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from typer.testing import CliRunner
 
 import flowkit
@@ -30,9 +34,10 @@ from flowkit.eval.sweep import worker
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import read as read_config
 from flowkit.eval.sweep.storage import storage_url
+from flowkit.eval.sweep.study import Claim, Study
 from flowkit.progress import bar
 
-from . import postgres
+from . import postgres, tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -116,7 +121,7 @@ def test_a_cell_that_fails_is_noted_and_the_rest_go_on(tmp_path: Path, monkeypat
 
     def failing(self: worker.Worker, cell: Cell) -> Any:
         if cell.get("solver") == "unipc" and cell.get("steps") == 1:
-            raise ArithmeticError("the samples are not finite")
+            raise ArithmeticError("the samples are \x1b[31mnot\nfinite")
         return measure(self, cell)
 
     file = tmp_path / "sweep.yaml"
@@ -125,10 +130,11 @@ def test_a_cell_that_fails_is_noted_and_the_rest_go_on(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     text = invoke("sweep", "run", file, "--output", "out", code=1)
     assert "3 of 4 cells; report: out/report.html" in text
-    assert "4 cells, 3 done, 1 failed\nfailed: unipc, 1 step: ArithmeticError: the samples are not finite" in invoke(
-        "sweep", "status", "out"
+    assert (
+        "4 cells, 3 done, 1 failed\nfailed: unipc, 1 step: ArithmeticError: the samples are  [31mnot finite"
+        in invoke("sweep", "status", "out")
     )
-    assert "the samples are not finite" in (tmp_path / "out" / "report.html").read_text()
+    assert "the samples are  [31mnot finite" in (tmp_path / "out" / "report.html").read_text()
     monkeypatch.setattr(worker.Worker, "measure", measure)
     assert "3 of 4 cells" in invoke("sweep", "resume", "out", code=1)
     assert "4 of 4 cells" in invoke("sweep", "resume", "out", "--failed")
@@ -155,6 +161,8 @@ def test_plan_says_what_it_will_cost(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = " ".join(invoke("sweep", "plan", file).split())
     assert "4 cells of 40 images" in text
     assert "in all 160 images, 600 network evaluations, about" in text
+    file.write_text(yaml.safe_dump(sweep(solver="heun", axes={"steps": [8, 1, 2]})))
+    assert f"{40 * (1 + 3 + 15)} network evaluations" in " ".join(invoke("sweep", "plan", file).split())
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
     file.write_text(
         yaml.safe_dump(sweep(search={"sampler": "tpe", "trials": 10}, axes={"steps": {"low": 1, "high": 4}}))
@@ -242,12 +250,16 @@ def test_two_workers_on_postgresql_share_forty_cells_and_one_is_killed(tmp_path:
 def test_a_cell_runs_on_two_processes(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALL))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "flowkit.cli"]
+    # accelerate starts several processes on one machine for GPUs only; without any they share the work on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flowkit.cli"]  # fmt: skip
     call = ["sweep", "run", str(file), "--output", str(tmp_path / "out")]
     done = subprocess.run([*launch, *call], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("8 of 8 cells") == 1
     assert figures(tmp_path / "out") == figures(finished)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["spec"]["processes"] for row in rows] == [2] * 8
 
 
 def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +271,47 @@ def test_an_interrupted_cell_is_given_back(tmp_path: Path, monkeypatch: pytest.M
     assert "2 cells, 2 waiting" in invoke("sweep", "status", tmp_path / "out")
     monkeypatch.setattr(worker.Worker, "measure", measure)
     assert [entry.state for entry in run_sweep(config, tmp_path / "out", progress=False)] == ["done"] * 2
+
+
+def test_a_cell_that_nobody_works_on_does_not_look_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.Worker, "measure", lambda *_: (_ for _ in ()).throw(SystemExit))
+    before = threading.active_count()
+    with pytest.raises(SystemExit):
+        run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert threading.active_count() == before
+
+
+def test_a_worker_that_was_taken_for_dead_leaves_the_folder_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[bool] = []
+
+    def late(self: Study, claim: Claim, *figures: Any) -> bool:
+        self.give_back(claim)  # as another worker does with a trial that was silent
+        monkeypatch.setattr(Study, "finish", finish)
+        return self.finish(claim, *figures)
+
+    def forget(self: worker.Worker, cell: Cell) -> None:
+        left.append((self.folder(cell) / "samples").is_dir())
+
+    finish = Study.finish
+    monkeypatch.setattr(Study, "finish", late)
+    monkeypatch.setattr(worker.Worker, "forget", forget)
+    entries = run_sweep(sweep(axes={"steps": [1]}), tmp_path / "out", progress=False)
+    assert [entry.state for entry in entries] == ["done"]
+    assert left == [True, True]  # by the one that has the cell, and at the end
+
+
+def test_equal_cells_at_the_same_time_are_both_done(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(self: worker.Worker, cell: Cell) -> Any:
+        shutil.copytree(finished / "cells" / cell.key, self.folder(cell))
+        raise FileNotFoundError("samples/block-000000.json")  # the faster one has removed it
+
+    monkeypatch.setattr(worker.Worker, "_measured", overtaken)
+    assert [entry.state for entry in run_sweep(SMALL, tmp_path / "out", progress=False)] == ["done"] * 8
+    assert figures(tmp_path / "out") == figures(finished)
 
 
 def test_a_full_disk_stops_the_worker_and_costs_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +348,26 @@ def test_folders_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     assert "so no sweep began there; pass the output folder of one" in invoke("sweep", "status", tmp_path, code=2)
     (tmp_path / "sweep.json").write_text("{")
     assert "is not JSON" in invoke("sweep", "best", tmp_path, code=2)
+
+
+def test_a_sweep_goes_on_in_the_database_it_began_with(tmp_path: Path) -> None:
+    config, url = sweep(axes={"steps": [1]}), f"sqlite:///{tmp_path / 'shared.db'}"
+    run_sweep(config, tmp_path / "out", storage=url, progress=False)
+    run_sweep(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "study.db").exists()
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert content["storage"] == url
+    secret = content | {"storage": "postgresql://user:***@host/db"}
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(secret))
+    with pytest.raises(ValueError, match="asks for a password, which is not kept; pass --storage URL"):
+        run_sweep(config, tmp_path / "out", progress=False)
+
+
+def test_figures_are_printed_where_characters_are_few(finished: Path) -> None:
+    call = [sys.executable, "-m", "flowkit.cli", "sweep", "best", str(finished)]
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"euler, 1 step, w = 1" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("runuser"), reason="root may write everywhere")
@@ -364,3 +437,38 @@ def test_guidance_grid_files_students_and_stock_schedulers(tmp_path: Path, monke
     projected = next(spec for name, spec in found.items() if "Projected" in name)
     assert projected["pipeline"]["attached"][0]["scale"] == 2.0
     assert read_config(config).cells()[0].get("model") == "student"
+
+
+def test_a_text_to_image_model_with_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, a LoRA beside none, guidance methods, stock and our solvers; each cell finds the model as it was saved."""
+    pipe = tiny.build("sd15", DDIMScheduler(clip_sample=False, steps_offset=1))
+    pipe.save_pretrained(tmp_path / "sd")
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
+    for name, weight in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
+    images = torch.randint(0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    flowkit.eval.make_statistics(images, PixelExtractor(3, grid=2), progress=False).save(
+        tmp_path / "reference.safetensors"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "name": "text", "model": "sd", "reference": "reference.safetensors", "images": 6, "batch_size": 3, "keep": 2,
+        "prompts": ["a cat", "a dog"], "call": {"height": 16, "width": 16, "negative_prompt": "blurry"}, "steps": 3,
+        "axes": [
+            {"lora": ["none", "lora/pytorch_lora_weights.safetensors"], "solver": ["euler", "dpm++2m"]},
+            {"scheduler": ["keep"], "guidance_scale": [1.0, 5.0]},
+            {"guidance_scale": [5.0], "guidance": [{"method": "AdaptiveGuidance", "threshold": -1.5}]},
+        ],
+    }  # fmt: skip
+    entries = run_sweep(config, "out", progress=False)
+    assert [(entry.state, entry.error) for entry in entries] == [("done", None)] * 7
+    found = {entry.cell.name: entry.result for entry in entries if entry.cell and entry.result}
+    sha = {name: result["spec"]["samples"]["sha256"] for name, result in found.items()}
+    weights = {name: result["spec"]["pipeline"]["weights_sha256"] for name, result in found.items()}
+    assert len(set(sha.values())) == 7
+    assert [len({w for n, w in weights.items() if ("LoRA" in n) == lora}) for lora in (False, True)] == [1, 1]
+    assert len(set(weights.values())) == 2
+    calls = {name: result["spec"]["network_evaluations"] for name, result in found.items()}
+    assert sorted(calls.values()) == [3, 4, 6, 6, 6, 6, 6]

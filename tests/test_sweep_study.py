@@ -18,6 +18,7 @@ import optuna
 import pytest
 
 from flowkit.eval.sweep import storage
+from flowkit.eval.sweep import study as study_module
 from flowkit.eval.sweep.config import SweepConfig, read
 from flowkit.eval.sweep.storage import storage_url
 from flowkit.eval.sweep.study import Claim, Study
@@ -102,6 +103,7 @@ def worker(config: SweepConfig, url: str, pause: float = 0) -> subprocess.Popen[
     return subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_processes_that_begin_together_do_every_cell_once(url: str) -> None:
     axes = {"steps": list(range(1, 13)), "solver": ["euler", "unipc"]}
     config = sweep(name="many", axes=axes)
@@ -122,6 +124,16 @@ def killed_in_a_cell(config: SweepConfig, url: str) -> int:
     return slot
 
 
+def test_a_cell_of_a_process_that_is_no_more_waits_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, alive = opened(sweep(), url), opened(sweep(), url)
+    with monkeypatch.context() as gone:
+        gone.setattr("flowkit.eval.sweep.study.identity", lambda: {**storage.identity(), "pid": 2**30, "started": 0.0})
+        assert dead.claim() is not None
+    taken = [claim.slot for claim in iter(alive.claim, None) if claim]
+    assert sorted(taken) == list(range(6))
+
+
+@pytest.mark.slow
 def test_a_cell_whose_worker_was_killed_waits_again_at_once(url: str) -> None:
     study = opened(sweep(), url)
     assert killed_in_a_cell(sweep(), url) == 0
@@ -278,7 +290,7 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(broken:
     with pytest.raises(OSError, match=r"the study's database .* cannot be used .*; check that it runs") as caught:
         opened(sweep(), storage_url(broken, tmp_path))
     assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match="storage 'nonsense' is no URL; write postgresql://"):
+    with pytest.raises(ValueError, match="storage is no URL; write postgresql://"):
         storage_url("nonsense", tmp_path)
 
 
@@ -292,8 +304,8 @@ def test_a_worker_taken_for_dead_does_no_harm(url: str) -> None:
     )  # as its missing heartbeat would
     other = two.claim()
     assert other is not None
-    one.finish(slept, [1.0, 1.0], result(1.0))
-    two.finish(other, [2.0, 1.0], result(2.0))
+    assert not one.finish(slept, [1.0, 1.0], result(1.0))
+    assert two.finish(other, [2.0, 1.0], result(2.0))
     (entry,) = two.entries()
     assert entry.result is not None
     assert entry.result["figures"]["fid"]["value"] == 2.0
@@ -306,3 +318,33 @@ def test_its_own_process_lives() -> None:
     assert storage.died_here({**me, "started": me["started"] - 100})
     assert not storage.died_here({**me, "started": 0, "space": "elsewhere"})
     assert not storage.died_here(None)
+
+
+def test_a_study_whose_maker_wrote_nothing_is_taken_over(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "_PATIENCE", 1)
+    optuna.create_study(study_name="six", storage=storage.open_storage(url, 15), directions=["minimize", "minimize"])
+    opened(sweep(), url)
+    with pytest.raises(ValueError, match="another configuration: images was 20, now it is 30"):
+        opened(sweep(images=30), url)
+
+
+def test_a_search_of_fewer_trials_leaves_the_rest_waiting(url: str) -> None:
+    axes = {"guidance_scale": {"low": 1.0, "high": 4.0}}
+    opened(sweep(search={"sampler": "random", "trials": 6}, axes=axes), url)
+    fewer = opened(sweep(search={"sampler": "random", "trials": 2}, axes=axes), url)
+    slots = []
+    while (claim := fewer.claim()) is not None:
+        slots.append(claim.slot)
+    assert slots == [0, 1]
+
+
+def test_slots_that_two_workers_put_back_at_once_are_done_once(url: str) -> None:
+    axes = {"steps": [2, 4]}
+    one, two = opened(sweep(axes=axes), url), opened(sweep(axes=axes), url)
+    before = one._trials()
+    two._fill({slot: [] for slot in before})  # as if it had looked before the first filled
+    claims: list[Claim] = []
+    while (claim := (one, two)[len(claims) % 2].claim()) is not None:
+        claims.append(claim)
+    assert [claim.slot for claim in claims] == [0, 1]
+    assert states(one) == ["running", "running"]

@@ -30,7 +30,8 @@ def run_sweep(
         output: folder, made if missing; workers on several machines should share it, for resuming and for the pictures. None means
             the sweep's name, in the current folder.
         resume: go on with the sweep in ``output``; False refuses a folder that holds one.
-        storage: URL of the database in place of the configuration's; None there too means SQLite in ``output``.
+        storage: URL of the database in place of the configuration's; None there too means that of the sweep in
+            ``output``, for a new one SQLite there.
         retry_failed: give cells that failed another try.
         progress: show how far it is.
 

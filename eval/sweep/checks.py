@@ -43,6 +43,8 @@ _ELSEWHERE = {
 _LARGE = 2**64
 _WEIGHTS = {".safetensors", *weights.PICKLES}
 _ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
+# Of separators, of what Windows refuses, or of dots and spaces at an end.
+_NO_FOLDER = re.compile(r"[/\\:*?\"<>|\x00-\x1f\x7f]|^[. ]|[. ]$")
 
 
 def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
@@ -88,7 +90,9 @@ def check(config: SweepConfig) -> Iterator[Fault]:
 
 
 def _layout(config: SweepConfig) -> Iterator[Fault]:
-    """Where settings stand, and how many cells there are."""
+    """The name, where settings stand, and how many cells there are."""
+    if _NO_FOLDER.search(config.name):
+        yield ("name",), f"is {shown(config.name)}, which cannot name a folder; use letters, digits, spaces and .-_"
     fixed = config.model_fields_set & set(SETTINGS) | {f"{g}.{name}" for g in GROUPS for name in getattr(config, g)}
     for setting, place in _places(config):
         if place[0] == "axes" and setting in fixed:

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.engine import make_url
-
 from flowkit.eval.provenance import first_difference
 from flowkit.eval.runs import write_json
 from flowkit.eval.sweep.config import SweepConfig, read
+from flowkit.eval.sweep.storage import parsed
 from flowkit.weights import check_writable
 
 SETTINGS = "sweep.json"
@@ -68,7 +67,7 @@ def make(folder: Path, config: SweepConfig, storage: str | None) -> None:
         {
             "format": _FORMAT,
             "base": str(config.path("").absolute()),
-            "storage": None if storage is None else make_url(storage).render_as_string(),
+            "storage": None if storage is None else parsed(storage).render_as_string(),
             "config": config.source(),
             "describes": config.describe(),
         },
@@ -92,11 +91,20 @@ def load(folder: Path, storage: str | None = None) -> tuple[SweepConfig, str | N
         place, old, new = found
         raise ValueError(f"the sweep in {folder} has changed since it began: {place} was {old!r:.80}, now it is {new!r:.80}; put "
                          "its files back")  # fmt: skip
-    storage = storage or content["storage"]
-    if storage is not None and make_url(storage).password == "***":
+    return config, storage or find_storage(folder)
+
+
+def find_storage(folder: Path) -> str | None:
+    """Returns the URL of the database that the sweep of a folder began with; None for SQLite in the folder, and without a sweep.
+
+    Raises:
+        ValueError: for one that asks for a password.
+    """
+    storage: str | None = _content(folder)["storage"] if (folder / SETTINGS).is_file() else None
+    if storage is not None and parsed(storage).password == "***":
         raise ValueError(f"the database of {folder} asks for a password, which is not kept; pass --storage URL, or leave the "
                          "password to ~/.pgpass or PGPASSWORD")  # fmt: skip
-    return config, storage
+    return storage
 
 
 def _content(folder: Path) -> Mapping[str, Any]:

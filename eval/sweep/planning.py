@@ -27,7 +27,7 @@ class Cost:
         cell: the cell.
         evaluations: network rows.
         seconds: of sampling and of features.
-        measured: whether the cell itself was tried, or the cheapest of its kind, from which steps tell.
+        measured: whether the cell itself was tried, or the two cheapest of its kind, from which steps tell.
     """
 
     cell: Cell
@@ -39,8 +39,9 @@ class Cost:
 def costs(config: SweepConfig, output: Path, bar: Progress) -> list[Cost]:
     """Returns the cost of each cell; of a search, of its cheapest and of its dearest cell.
 
-    Cells that differ only in their steps share a probe, one batch of the one with the fewest; the others are taken to cost in
-    proportion. Models are loaded, and nothing is left on the disk.
+    Of cells that differ only in their steps, the two with the fewest are tried with one batch; the others are taken to lie on the
+    line through both, which is right for solvers that call the network twice in all steps but one. Models are loaded, and nothing
+    is left on the disk.
 
     Args:
         config: the sweep.
@@ -48,23 +49,19 @@ def costs(config: SweepConfig, output: Path, bar: Progress) -> list[Cost]:
         bar: shows how far it is.
 
     Raises:
-        FileNotFoundError, OSError, TypeError, ValueError: whatever keeps a cell from running; the cell is named.
+        OSError, ValueError: whatever keeps a cell from running; the cell is named.
     """
     worker = Worker(config, output, bar)
     cells = config.cells() if config.search.sampler == "grid" else _ends(config)
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
         kinds.setdefault(_kind(cell), []).append(cell)
-    task, found = bar.add_task("trying out", total=len(kinds)), {}
+    task = bar.add_task("trying out", total=len(kinds))
+    found: dict[str, Cost] = {}
     for alike in kinds.values():
-        cheapest = min(alike, key=lambda cell: cell.get("steps") or 0)
-        try:
-            evaluations, seconds = _probe(worker, cheapest, bar)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            raise type(error)(f"the cell {cheapest.name!r} cannot run: {error}") from error
-        for cell in alike:
-            share = (cell.get("steps") or 1) / (cheapest.get("steps") or 1)
-            found[cell.key] = Cost(cell, evaluations * share, seconds * share, cell is cheapest)
+        alike.sort(key=lambda cell: cell.get("steps") or 0)
+        tried = [_tried(worker, cell, bar) for cell in alike[:2]]
+        found |= {cost.cell.key: cost for cost in (*tried, *(_beyond(tried, cell) for cell in alike[2:]))}
         for probe in (shown for shown in bar.task_ids if shown != task):
             bar.remove_task(probe)
         bar.advance(task)
@@ -73,6 +70,23 @@ def costs(config: SweepConfig, output: Path, bar: Progress) -> list[Cost]:
 
 def _kind(cell: Cell) -> str:
     return repr(sorted((name, value) for name, value in {**cell.base, **cell.settings}.items() if name != "steps"))
+
+
+def _tried(worker: Worker, cell: Cell, bar: Progress) -> Cost:
+    try:
+        return Cost(cell, *_probe(worker, cell, bar), measured=True)
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"the cell {cell.name!r} cannot run: {error}") from error
+
+
+def _beyond(tried: Sequence[Cost], cell: Cell) -> Cost:
+    """The cost of a cell of more steps than two that were tried; time in proportion to evaluations."""
+    one, two = tried
+    low, high = (cost.cell.get("steps") for cost in tried)
+    slope = (two.evaluations - one.evaluations) / (high - low)
+    evaluations = two.evaluations + slope * (cell.get("steps") - high)
+    return Cost(cell, evaluations, two.seconds * evaluations / two.evaluations, measured=False)
 
 
 def _probe(worker: Worker, cell: Cell, bar: Progress) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from flowkit.eval.sweep.worker import Worker
 from flowkit.progress import bar as progress_bar
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_SHARE = 30  # results are written again after so many times as long as that took
 _WAIT = 3.0  # seconds between looks at the cells that other workers have
 
 
@@ -44,34 +45,39 @@ def run(
         processes = worker.processes
         bar.disable = bar.disable or not processes.main
         book = processes.agree(lambda: _Book(worker, place, storage, retry_failed, bar) if processes.main else None)
-        with ExitStack() if book is None else book.trackers:
+        with nullcontext() if book is None else book:
             _work(worker, book)
         return processes.share(processes.agree(lambda: book.close() if book is not None else []))
 
 
-class _Book:
+class _Book(AbstractContextManager["_Book"]):
     """What the main process of a worker writes down: the study, the results so far, and what people see meanwhile."""
 
     def __init__(self, worker: Worker, place: Path, storage: str | None, again: bool, bar: Progress) -> None:
         self._worker, self._place, self._bar = worker, place, bar
         self._config = worker.config
-        storage = storage or self._config.storage
+        storage = storage or self._config.storage or folder.find_storage(place)
         place.mkdir(parents=True, exist_ok=True)
         self._study = Study(self._config, storage_url(storage, place))
         self._study.open()
         folder.make(place, self._config, storage)
         if again:
             self._study.retry_failed()
-        self.trackers = Trackers(self._config, place)
+        self._trackers = Trackers(self._config, place)
         self._claim: Claim | None = None
         self._alive = ExitStack()
         self._task: TaskID | None = None
+        self._due = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        self._alive.close()  # whatever happened: a cell that nobody works on must not look alive
+        self._trackers.__exit__(*error)
 
     def next(self) -> tuple[Cell | None, bool]:
         """Returns the next cell, and whether others still have some."""
         self._claim = self._study.claim()
         entries = self._study.entries()
-        others = self._claim is None and any(entry.state == "running" for entry in entries)
+        others = self._claim is None and any(entry.state in ("running", "waiting") for entry in entries)
         self._show(entries, "cells (waiting for other workers)" if others else "cells")
         if self._claim is None:
             return None, others
@@ -94,11 +100,14 @@ class _Book:
         if wrong := [key for key, value in values.items() if not math.isfinite(value)]:
             self._study.fail(claim, f"{wrong[0]} is {values[wrong[0]]}; look at the cell's pictures")
             return
-        self._study.finish(claim, list(values.values()), result.to_json())
+        if not self._study.finish(claim, list(values.values()), result.to_json()):
+            return  # whoever has the cell now still works in its folder
         self._worker.forget(claim.cell)
-        self.trackers.log(claim, values)
+        self._trackers.log(claim, values)
         entries = self._study.entries()
-        summary.write(self._config, entries, self._place)
+        if (began := time.monotonic()) >= self._due:  # of thousands of cells it is large
+            summary.write(self._config, entries, self._place)
+            self._due = time.monotonic() + _SHARE * (time.monotonic() - began)
         count, text = self._show(entries, "cells"), summary.line(self._config, result)
         self._say(f"{count}/{len(entries)} {claim.cell.name}: {text}")
 
@@ -108,9 +117,9 @@ class _Book:
         if stop:
             self._study.give_back(claim)
             return
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self._study.fail(claim, text[:2000])
-        self._say(f"failed: {claim.cell.name}: {text[:300]}")
+        text = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if self._study.fail(claim, text[:2000]):
+            self._say(f"failed: {claim.cell.name}: {text[:300]}")
 
     def _say(self, text: str) -> None:
         if not self._bar.disable:

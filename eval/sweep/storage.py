@@ -33,15 +33,22 @@ def storage_url(storage: str | None, output: Path) -> str:
     """
     if storage is None:
         return f"sqlite:///{(output / 'study.db').absolute()}"
-    try:
-        url = make_url(storage)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise ValueError(
-            f"storage {storage!r} is no URL; write postgresql://user@host/database, or leave it out"
-        ) from error
+    url = parsed(storage)
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")  # the driver that the extra "postgres" installs
     return url.render_as_string(hide_password=False)
+
+
+def parsed(storage: str) -> sqlalchemy.URL:
+    """Returns the parts of a URL.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    try:
+        return make_url(storage)
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # it may hold a password, and is not repeated
+        raise ValueError("storage is no URL; write postgresql://user@host/database, or leave it out") from error
 
 
 def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
@@ -95,18 +102,17 @@ def reachable(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        raise _unreachable(url, getattr(error, "orig", None) or error) from error
-    except optuna.exceptions.StorageInternalError as error:
-        raise _unreachable(url, error.__cause__ or error) from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise OSError(f"the study's database {make_url(url)!r} cannot be used ({reason(error)}); check that it runs, that it can "
+                      "be reached from here, and that it may be written") from error  # fmt: skip
     except ImportError as error:
         raise ImportError(f'{error}; a PostgreSQL study needs pip install "flowkit-diffusion[postgres]"') from error
 
 
-def _unreachable(url: str, error: BaseException) -> OSError:
-    reason = " ".join(str(error).split())[:300]
-    return OSError(f"the study's database {make_url(url)!r} cannot be used ({reason}); check that it runs, that it can be "
-                   "reached from here, and that it may be written")  # fmt: skip
+def reason(error: BaseException) -> str:
+    """Returns what the database itself said, in one line; Optuna and SQLAlchemy wrap it in words of their own."""
+    error = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
+    return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
 
 
 def identity() -> dict[str, Any]:

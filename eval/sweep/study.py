@@ -7,13 +7,14 @@ whose worker died is closed, and its slot waits again, to be gone on with where 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.axes import Range
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import SweepConfig
-from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable
+from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable, reason
 
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _PATIENCE = 60  # seconds to wait for the worker that has just made the study
@@ -102,15 +103,15 @@ class Study:
             made = make and self._make()
             self._load()
             described = json.loads(json.dumps(self.config.describe()))
-            if made:
+            before = None if made else self._described()
+            if before is None and make:  # new, or its maker died at once
                 self._study.set_user_attr("config", described)
-            before = self._described()
             if before is not None and (found := first_difference(before, described)):
                 place, old, new = found
                 raise ValueError(f"the study {self._name!r} is of another configuration: {place} was {old!r:.80}, now it is "
                                  f"{new!r:.80}; give this one another name and another output")  # fmt: skip
             if made:
-                self._fill()
+                self._fill({})
 
     def _make(self) -> bool:
         """Makes the study; tells whether it was not there before."""
@@ -142,12 +143,31 @@ class Study:
             time.sleep(1)
         return None  # its maker died at once
 
-    def _fill(self) -> None:
-        """Puts a waiting trial where a slot has none that is open or done."""
-        trials = self._trials()
-        for slot in range(self.slots):
-            if self._state(trials.get(slot, ())) is None:
-                self._enqueue(slot, trials.get(slot, ()))
+    def _current(self) -> dict[int, list[FrozenTrial]]:
+        """Trials by slot, once the dead are buried and every slot that is to be done waits or has a worker."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+        while True:
+            trials = self._trials()
+            if not (self._bury(trials) or self._fill(trials)):
+                return trials
+
+    def _bury(self, trials: Mapping[int, Sequence[FrozenTrial]]) -> int:
+        """Closes at once the trials whose workers died on this machine; returns how many."""
+        buried = 0
+        for trial in itertools.chain.from_iterable(trials.values()):
+            if trial.state == TrialState.RUNNING and died_here(trial.user_attrs.get("worker")):
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    buried += self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return buried
+
+    def _fill(self, trials: Mapping[int, Sequence[FrozenTrial]]) -> int:
+        """Puts a waiting trial where a slot has none that is open or done; returns how many."""
+        empty = [slot for slot in range(self.slots) if self._state(trials.get(slot, ())) is None]
+        for slot in empty:
+            self._enqueue(slot, trials.get(slot, ()))
+        return len(empty)
 
     def _enqueue(self, slot: int, before: Sequence[FrozenTrial]) -> None:
         if self._cells is not None:
@@ -175,7 +195,7 @@ class Study:
         return last if "error" in last.user_attrs or self._lost(trials) > self.config.retries else None
 
     def _lost(self, trials: Sequence[FrozenTrial]) -> int:
-        """How often the slot's worker died in a row."""
+        """How often the slot's worker died."""
         return sum(not {"error", "stopped"} & trial.user_attrs.keys() for trial in trials)
 
     def claim(self) -> Claim | None:
@@ -185,10 +205,9 @@ class Study:
             OSError: for a database that cannot be reached.
         """
         with reachable(self.url):
-            self._load()
-            self._bury_the_dead()
-            self._fill()
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            trials = self._current()
+            waiting = [t for slot in range(self.slots) for t in trials[slot] if t.state == TrialState.WAITING]
+            for trial in sorted(waiting, key=lambda trial: trial.number):
                 # First the heartbeat: a trial that never had one would not be missed.
                 self._storage.record_heartbeat(trial._trial_id)
                 try:
@@ -197,10 +216,13 @@ class Study:
                 except optuna.exceptions.UpdateFinishedTrialError:
                     continue
                 slot = trial.user_attrs["slot"]
-                self._load(slot)
+                if self._cells is None:
+                    self._load(slot)
+                    trials = self._trials()
                 mine = Trial(self._study, trial._trial_id)
                 mine.set_user_attr("worker", identity())
-                others = [other for other in self._trials()[slot] if other.number != trial.number]
+                # Older ones that waited a moment ago have a worker now, or this one would have taken them.
+                others = [other for other in trials[slot] if other.number != trial.number]
                 if any(
                     o.state == TrialState.COMPLETE or (o.state in _OPEN and o.number < trial.number) for o in others
                 ):
@@ -237,7 +259,7 @@ class Study:
                 try:
                     self._storage.record_heartbeat(claim.trial._trial_id)
                 except Exception as error:
-                    logging.getLogger(__name__).warning("no heartbeat: %s", error)
+                    logging.getLogger(__name__).warning("no heartbeat: %s", reason(error))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -247,19 +269,22 @@ class Study:
             done.set()
             thread.join()
 
-    def finish(self, claim: Claim, values: Sequence[float], result: Mapping[str, Any]) -> None:
+    def finish(self, claim: Claim, values: Sequence[float], result: Mapping[str, Any]) -> bool:
         """Writes a cell's figures.
 
         Args:
             claim: the cell.
             values: of the objectives.
             result: see `Entry`.
-        """
-        self._tell(claim, TrialState.COMPLETE, {"result": dict(result)}, list(values))
 
-    def fail(self, claim: Claim, error: str) -> None:
-        """Writes why a cell failed, for good."""
-        self._tell(claim, TrialState.FAIL, {"error": error})
+        Returns:
+            Whether they count: not where this worker was taken for dead, and another has the cell.
+        """
+        return self._tell(claim, TrialState.COMPLETE, {"result": dict(result)}, list(values))
+
+    def fail(self, claim: Claim, error: str) -> bool:
+        """Writes why a cell failed, for good; returns whether that counts, as `finish` does."""
+        return self._tell(claim, TrialState.FAIL, {"error": error})
 
     def give_back(self, claim: Claim) -> None:
         """Gives a cell back, because its worker stops."""
@@ -267,21 +292,23 @@ class Study:
 
     def _tell(
         self, claim: Claim, state: TrialState, attributes: Mapping[str, Any], values: list[float] | None = None
-    ) -> None:
+    ) -> bool:
         with reachable(self.url):
             try:
                 for name, value in attributes.items():
                     claim.trial.set_user_attr(name, value)
                 self._study.tell(claim.trial, values, state, skip_if_finished=True)
             except optuna.exceptions.UpdateFinishedTrialError:
-                pass  # it was taken for dead, and another worker has the slot: it will find the work in the folder
+                return (
+                    False  # it was taken for dead, and another worker has the slot: it will find the work in the folder
+                )
+        return True
 
     def retry_failed(self) -> int:
         """Lets failed cells wait again; returns how many."""
         with reachable(self.url):
-            self._bury_the_dead()
-            failed = [entry.slot for entry in self.entries() if entry.state == "failed"]
-            trials = self._trials()
+            trials = self._current()
+            failed = [slot for slot in range(self.slots) if self._entry(slot, trials[slot]).state == "failed"]
             for slot in failed:
                 self._enqueue(slot, trials[slot])
             return len(failed)
@@ -323,18 +350,6 @@ class Study:
                 for name, among in self._choices.items()
             }
         )
-
-    def _bury_the_dead(self) -> None:
-        """Closes trials whose workers died: those of this machine at once, others when their heartbeat is missing."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if died_here(trial.user_attrs.get("worker")):
-                try:
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self._study)
 
 
 def _values(cells: Sequence[Cell]) -> dict[str, list[Any] | Range]:

@@ -71,9 +71,24 @@ class Worker:
         Raises:
             Exception: whatever goes wrong in this cell.
         """
+        if (found := self._found(cell)) is not None:  # done by a worker that could not tell the study
+            return found
+        try:
+            return self._measured(cell)
+        except Exception:
+            # A worker that was taken for dead, or one with equal settings of a search, was faster and removed the features.
+            if (found := self._found(cell)) is not None:
+                return found
+            raise
+
+    def _found(self, cell: Cell) -> Result | None:
+        """The result of a cell whose folder is whole."""
         folder = self.folder(cell)
-        if (folder / runs.RESULT).is_file() and (find_picture(folder) or not self.config.keep):
-            return Result.load(folder)  # done by a worker that could not tell the study
+        whole = (folder / runs.RESULT).is_file() and (find_picture(folder) is not None or not self.config.keep)
+        return self.processes.agree(lambda: Result.load(folder)) if self.processes.share(whole) else None
+
+    def _measured(self, cell: Cell) -> Result:
+        folder = self.folder(cell)
         with self.pipeline(cell) as (pipe, call):
             sampling = {"seed": self.config.seed, "inputs": self.inputs, "call": call}
             count, size = self.config.images, self.config.batch_size
@@ -82,8 +97,9 @@ class Worker:
                 job, self.processes, self._bar, folder, keep=self.config.keep, exact=self.config.exact,
                 references=self._output / REFERENCES,
             )  # fmt: skip
-        if self.processes.main and len(result.images):
-            save_tiles(folder / PICTURE, [picture(image) for image in result.images])
+        if len(result.images):
+            tiles = [picture(image) for image in result.images]
+            self.processes.agree(lambda: save_tiles(folder / PICTURE, tiles) if self.processes.main else None)
         return result
 
     def forget(self, cell: Cell) -> None:

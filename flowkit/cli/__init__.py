@@ -6,6 +6,8 @@ so that ``--help`` and wrong options answer at once.
 
 from __future__ import annotations
 
+import io
+import sys
 import traceback
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +30,9 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         """Runs the command: exit code 2 on a user's error, 130 when interrupted."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal without a ± shall not cost the rest
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

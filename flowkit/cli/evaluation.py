@@ -105,7 +105,7 @@ def evaluate(
 ) -> None:
     """Carries out ``flowkit fid SOURCE``."""
     state = join(sampling.device)
-    with _one_voice(state):
+    with one_voice(state):
         for path in (output, record):
             if path is not None:
                 check_writable(path if path is output else path.parent)
@@ -133,7 +133,7 @@ def evaluate(
 def stats(sampling: Sampling, extractor: str | None, like: str | None, output: Path) -> None:
     """Carries out ``flowkit fid stats``."""
     state = join(sampling.device)
-    with _one_voice(state):
+    with one_voice(state):
         if output.suffix not in (".safetensors", ".npz"):
             raise ValueError(f"--output {output} must end with .safetensors or .npz; rename it")
         check_writable(output.parent)
@@ -188,7 +188,7 @@ def _reference(reference: str | None, sampling: Sampling) -> Any:  # noqa: ANN40
 
 
 @contextmanager
-def _one_voice(state: PartialState) -> Iterator[None]:
+def one_voice(state: PartialState) -> Iterator[None]:
     """Lets the main process alone say what went wrong."""
     try:
         with warnings.catch_warnings():

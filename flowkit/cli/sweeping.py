@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flowkit import assets
+from flowkit.cli.evaluation import one_voice
+from flowkit.cli.sample import join
 from flowkit.eval.results import Result
 from flowkit.eval.sweep import folder as folders
 from flowkit.eval.sweep import planning, summary
@@ -40,10 +42,12 @@ def resume(folder: Path, failed: bool, storage: str | None) -> None:
 
 def _work(config: SweepConfig, output: Path, storage: str | None, failed: bool = False) -> None:
     _threads(config)
-    entries = run_sweep(config, output, storage=storage, retry_failed=failed)
+    state = join(config.device)
+    with one_voice(state):
+        entries = run_sweep(config, output, storage=storage, retry_failed=failed)
     wrong = [entry for entry in entries if entry.state == "failed"]
-    if not entries:  # a process that helps the main one
-        return
+    if not state.is_main_process:
+        raise typer.Exit(bool(wrong))
     Console().print(_front(config, entries))
     for entry in wrong:
         typer.echo(f"failed: {_name(entry)}: {entry.error}", err=True)
