@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import flowkit
 from flowkit import Grid, RectifiedFlowScheduler, optimize_steps
 from flowkit.cli import app
+from flowkit.cli.stepping import _rows, _stock
 from flowkit.distill.fine import Runs, fine_solution, rmse
 from flowkit.eval import evaluate
 from flowkit.eval.intervals import paired
@@ -259,6 +260,15 @@ def test_a_folder_of_diffusers_with_its_own_scheduler(tmp_path: Path) -> None:
         command="sample",
     )
     assert "belongs to the path 'vp', this scheduler walks 'flow'" in error
+
+
+def test_a_path_without_a_stock_scheduler(tmp_path: Path) -> None:
+    network = flowkit.MixtureDenoiser.of(torch.zeros(1, 1, 1, 1), 0.5, path="cosine")
+    pipe = flowkit.ClassConditionalPipeline(network, RectifiedFlowScheduler(path="cosine", solver="euler"))
+    assert _stock(pipe.scheduler) is None
+    runs = Runs(pipe, inputs=[0])
+    grids = {1: runs.anchors(1)}
+    assert [row.name for row in _rows(runs, grids, 4, None)] == ["found", "uniform", "Karras"]
 
 
 def test_a_search_of_other_settings_is_refused(run: tuple[Path, list[str]]) -> None:

@@ -132,9 +132,10 @@ def run(given: Options, search: Search) -> None:
             for row in rows:
                 row.fd = _distance(runs, row, search, shared, stock, folder / FD)
     command = shlex.join(["flowkit", *sys.argv[1:]])
-    facts = {"format": _FORMAT, "command": command, "solver": runs.solver, "stock": type(stock).__name__}
+    name = None if stock is None else type(stock).__name__
+    facts = {"format": _FORMAT, "command": command, "solver": runs.solver, "stock": name}
     write_json(folder / TABLE, {**facts, "rows": list(_plain(rows))})
-    Console().print(_table(rows, held_out, search, type(stock).__name__))
+    Console().print(_table(rows, held_out, search, name))
     _draw(runs, grids, folder)
     _say_how(given, runs, stock, folder, list(grids))
 
@@ -303,10 +304,10 @@ def _plain(rows: list[Row]) -> Iterator[dict[str, Any]]:
         yield {"steps": row.steps, "grid": row.name, "levels": _levels(row), **values}
 
 
-def _table(rows: list[Row], held_out: int, search: Search, stock: str) -> Table:
+def _table(rows: list[Row], held_out: int, search: Search, stock: str | None) -> Table:
     """The table for the terminal."""
     measured = search.reference is not None
-    caption = [f"stock: {stock}", "cost: summed over the steps, predicted"]
+    caption = [f"stock: {stock}"] * (stock is not None) + ["cost: summed over the steps, predicted"]
     caption += [f"error: RMSE to the fine solution, {held_out:,} held-out samples"]
     caption += [f"FD: of {search.num_images:,} images"] * measured + ["more: than found, in %, on the same noise"]
     heads = ("grid", "cost", "error", "more, %", *(("FD", "more, %") if measured else ()))
@@ -366,6 +367,8 @@ def _say_how(given: Options, runs: Runs, stock: Any, folder: Path, steps: list[i
     typer.echo("in Python:          pipe.scheduler = flowkit.RectifiedFlowScheduler.from_config("
                f'pipe.scheduler.config, solver="{solver}")')  # fmt: skip
     typer.echo(f'                    pipe.scheduler.set_grid(flowkit.Grid.load("{file}"))')
+    if stock is None:
+        return
     folder_too = Path(given.model).is_dir() and not isinstance(runs.pipe.scheduler, RectifiedFlowScheduler)
     name = given.model if folder_too else type(stock).__name__
     try:
