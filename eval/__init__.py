@@ -16,3 +16,4 @@ from flowkit.eval.networks import ModuleExtractor as ModuleExtractor
 from flowkit.eval.report import write_report as write_report
 from flowkit.eval.results import Result as Result
 from flowkit.eval.statistics import FeatureStats as FeatureStats
+from flowkit.eval.sweep import run_sweep as run_sweep

@@ -1,7 +1,7 @@
-"""The geometry of one scatter plot: a metric against network evaluations, with error bars and the frontier.
+"""The geometry of one scatter plot: a metric against a cost, such as network evaluations, with error bars and the frontier.
 
 Everything is in SVG units, y downwards; the report's template only draws what is computed here. Both axes are logarithmic, since
-evaluations double and Fréchet distances fall by factors; the metric's is linear when a value is zero or less.
+evaluations double and Fréchet distances fall by factors; an axis is linear when a value on it is zero or less.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 390, 12, 248
 BADGE = 9.0  # radius of a numbered point
 DOT = 4.0  # radius where there are too many points to number
 MOST_BADGES = 24
+MOST_TICKS = 20  # of whole costs, which are then marked each
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Measured:
     Attributes:
         number: the row's number in the table.
         name: the row's name.
-        evaluations: network evaluations an image.
+        cost: network evaluations an image, or whatever lies along.
         value: the metric.
         se: its standard error; None if unknown.
     """
 
     number: int
     name: str
-    evaluations: float
+    cost: float
     value: float
     se: float | None
 
@@ -57,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """One plot, ready to draw; `frontier` is SVG path data, `logarithmic` the metric's axis."""
+    """One plot, ready to draw; `frontier` is SVG path data, `linear` names the axes that are not logarithmic."""
 
     points: Sequence[Point]
     x_ticks: Sequence[Tick]
@@ -65,7 +66,7 @@ class Chart:
     frontier: str
     radius: float
     numbered: bool
-    logarithmic: bool
+    linear: str
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,20 @@ class _Axis:
         return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def chart(rows: Sequence[Measured], lower_is_better: bool) -> Chart:
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Returns whether one is at least as low as the other in every part, and lower in some: Pareto's order."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+
+
+def chart(rows: Sequence[Measured], lower_is_better: bool, lower_cost_is_better: bool = True) -> Chart:
     """Lays out one plot.
 
-    A row is on the frontier when no other row is at least as good with at most as many evaluations, and better in one of the two.
+    A row is on the frontier when no other row dominates it: is at least as good at no more cost, and better in one of the two.
 
     Args:
-        rows: at least one; evaluations above zero, values finite.
+        rows: at least one; costs and values finite.
         lower_is_better: the metric's direction.
+        lower_cost_is_better: the direction of what lies along, which may be a second metric.
 
     Returns:
         The plot, inside (0, 0) to (WIDTH, HEIGHT).
@@ -120,27 +127,34 @@ def chart(rows: Sequence[Measured], lower_is_better: bool) -> Chart:
     """
     if not rows:
         raise ValueError("a chart of no rows: give at least one row that has the metric")
-    x_axis = _Axis.over((r.evaluations for r in rows), LEFT, RIGHT, log=True)
+    along = all(r.cost > 0 for r in rows)
+    x_axis = _Axis.over((r.cost for r in rows), LEFT, RIGHT, along)
     log = all(r.value > 0 for r in rows)
     # On a logarithmic axis an error bar may reach down to zero: it is cut at a third of the value.
     lows = [max(r.value - (r.se or 0.0), r.value / 3 if log else -math.inf) for r in rows]
     y_axis = _Axis.over([*lows, *(r.value + (r.se or 0.0) for r in rows)], BOTTOM, TOP, log)
     numbered = len(rows) <= MOST_BADGES
+    signs = (1 if lower_cost_is_better else -1), (1 if lower_is_better else -1)
+    wanted = {r.number: (signs[0] * r.cost, signs[1] * r.value) for r in rows}
     points: list[Point] = []
-    for row in sorted(rows, key=lambda r: (r.evaluations, r.number)):
-        x, y = x_axis(row.evaluations), y_axis(row.value)
+    for row in sorted(rows, key=lambda r: (r.cost, r.number)):
+        x, y = x_axis(row.cost), y_axis(row.value)
         if numbered:
             x = _beside(x, y, points)
         bar = (y_axis(row.value - row.se), y_axis(row.value + row.se)) if row.se else None
-        points.append(Point(row, x, y, bar, not any(_beats(other, row, lower_is_better) for other in rows)))
+        best = not any(dominates(other, wanted[row.number]) for other in wanted.values())
+        points.append(Point(row, x, y, bar, best))
+    costs = sorted({r.cost for r in rows})
+    marked = costs if len(costs) <= MOST_TICKS and all(cost == round(cost) for cost in costs) else x_axis.round_values()
+    linear = " and ".join(name for name, at in (("horizontal", along), ("vertical", log)) if not at)
     return Chart(
         points,
-        _apart([Tick(x_axis(v), f"{v:g}") for v in sorted({r.evaluations for r in rows})], 24.0),
+        _apart([Tick(x_axis(v), _label(v)) for v in marked], 24.0),
         [Tick(y_axis(v), _label(v)) for v in y_axis.round_values()],
-        _staircase([p for p in points if p.best]),
+        _staircase([p for p in points if p.best], lower_cost_is_better),
         BADGE if numbered else DOT,
         numbered,
-        log,
+        linear,
     )
 
 
@@ -149,11 +163,6 @@ def _label(value: float) -> str:
         return f"{value:.4g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def _beats(a: Measured, b: Measured, lower_is_better: bool) -> bool:
-    better, equal = (a.value < b.value) == lower_is_better and a.value != b.value, a.value == b.value
-    return a.evaluations <= b.evaluations and (better or (equal and a.evaluations < b.evaluations))
 
 
 def _beside(x: float, y: float, placed: Sequence[Point]) -> float:
@@ -174,7 +183,8 @@ def _apart(ticks: Sequence[Tick], gap: float) -> list[Tick]:
     return kept
 
 
-def _staircase(best: Sequence[Point]) -> str:
-    """The best value to be had with at most so many evaluations, as path data that runs on to the right edge."""
-    steps = "".join(f"H{p.x:g}V{p.y:g}" for p in best[1:])
-    return f"M{best[0].x:g} {best[0].y:g}{steps}H{RIGHT}"
+def _staircase(best: Sequence[Point], lower_cost_is_better: bool) -> str:
+    """The best value to be had at each cost or a worse one, as path data that runs on to the edge."""
+    path = best if lower_cost_is_better else best[::-1]
+    steps = "".join(f"H{p.x:g}V{p.y:g}" for p in path[1:])
+    return f"M{path[0].x:g} {path[0].y:g}{steps}H{RIGHT if lower_cost_is_better else LEFT}"

@@ -123,6 +123,12 @@ _ALL = (
 )
 # By the name of a figure. "fid" is the Frechet distance in whatever features: FD-DINOv2 and sFID are other extractors.
 METRICS: Mapping[str, Metric] = {name: metric for metric in _ALL for name in metric.names}
+_HIGHER_IS_BETTER = {"is", "is_adm", "precision", "recall", "density", "coverage", "clip", "accuracy"}
+
+
+def lower_is_better(key: str) -> bool:
+    """Tells the direction of a figure by its key, "METRIC" or "METRIC/EXTRACTOR"; costs and unknown ones are better low."""
+    return key.partition("/")[0] not in _HIGHER_IS_BETTER
 
 
 def required(names: Iterable[str]) -> tuple[set[str], set[str]]:

@@ -1,76 +1,25 @@
-"""One self-contained HTML page from the results of a job: table, plots, pictures, and what is needed to repeat it."""
+"""One self-contained HTML page from the results of a job: what to use, table, plots, pictures, and how to repeat it."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import math
 import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flowkit.eval import chart
+from flowkit.eval import chart, tables
+from flowkit.eval import report_paired as paired
+from flowkit.eval import report_table as table
+from flowkit.eval.report_front import choices, front, plots
+from flowkit.eval.report_rows import Results, read
+from flowkit.eval.report_spec import outline, split
 from flowkit.weights import write_bytes
 
-HIGHER_IS_BETTER = frozenset({"is", "clip", "precision", "recall", "density", "coverage", "accuracy"})
-# "fid" is the Fréchet distance in whatever extractor was used, hence FD; a part after the slash names another space.
-LABELS = {"fid": "FD", "kid": "KID", "cmmd": "CMMD", "is": "Inception score", "clip": "CLIP score"}
-MISSING = "\N{EN DASH}"
-
-_Object = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file as a data URI, with its size in pixels."""
-
-    source: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of ``results.json``; None where a value is unknown. `metrics` holds (value, standard error)."""
-
-    name: str
-    note: str
-    steps: float | None
-    evaluations: float | None
-    seconds: float | None
-    metrics: Mapping[str, tuple[float | None, float | None]]
-    picture: Picture | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of the table: as read, as sorted (None when missing), and whether it is the best of its column."""
-
-    text: str
-    key: float | None
-    error: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Column:
-    """A sortable column; `better` is "lower", "higher", or empty for what is no metric; `chart` only for metrics."""
-
-    label: str
-    cells: Sequence[Cell]
-    better: str = ""
-    chart: chart.Chart | None = None
-
-
-@dataclass(frozen=True)
-class Outline:
-    """The specification as it is shown: (key, text) lines, and what is too long for that as groups to unfold."""
-
-    lines: list[tuple[str, str]]
-    groups: list[tuple[str, Outline]]
+EXPORTS = {"markdown": "md", "csv": "csv", "latex": "tex"}  # formats that the page offers, and the files' endings
 
 
 def write_report(directory: str | os.PathLike[str]) -> Path:
@@ -82,12 +31,21 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
         {"title": str,
          "summary": str,
          "spec": {...},                                                 # whatever repeats the run, shown key by key
+         "baseline": "a row's name",                                    # differences are to it; default: the best row
+         "objectives": [{"key": "fid", "direction": "lower"},           # what the front is over: metrics, "evaluations",
+                        {"key": "evaluations", "direction": "lower"}],  # "seconds"; default: first metric, evaluations
          "rows": [{"name": str, "note": str,
-                   "steps": int, "evaluations": int | float,            # network evaluations for one image
+                   "settings": {"solver": str, "steps": int, ...},      # single values; columns and filters where they vary
+                   "steps": int,                                        # the same as the setting of this name
+                   "evaluations": int | float,                          # network evaluations for one image
                    "seconds": float,                                    # for all images of the row
-                   "metrics": {"fid": {"value": float, "se": float},    # se: standard error
+                   "metrics": {"fid": {"value": float, "se": float,     # se: standard error
+                                       "left_out": [float, ...]},       # jackknife: the value without each of K chunks
                                "fid/pixels": {...}},                    # the same metric in another space
-                   "image": "row.png"}],                                # PNG files, relative to the directory
+                   "pairs": str,                                        # rows with equal ones have the same seeds and inputs
+                   "spec": {...},                                       # whatever repeats this row
+                   "error": str,                                        # why the row has no metrics
+                   "image": "row.png"}],                                # PNG, JPEG or WebP, relative to the directory
          "pictures": [{"image": "compare.png", "caption": str}]}
 
     Args:
@@ -98,7 +56,7 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: ``results.json`` or a picture is missing.
-        ValueError: ``results.json`` is not JSON of this schema, or a picture is not a PNG file inside the directory.
+        ValueError: ``results.json`` is not JSON of this schema, or a picture is no PNG, JPEG or WebP file inside the directory.
         ImportError: jinja2 is not installed.
     """
     try:
@@ -106,7 +64,7 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
     except ImportError as error:
         raise ImportError('a report needs jinja2: pip install "flowkit-diffusion[report]"') from error
     directory = Path(directory)
-    page = _page(_read(directory / "results.json"), directory)
+    page = _page(read(directory))
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -117,172 +75,68 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _page(results: _Object, directory: Path) -> dict[str, Any]:
+def _page(results: Results) -> dict[str, Any]:
     """Everything the template draws."""
-    rows = [_row(entry, f"rows[{i}]", directory) for i, entry in enumerate(_objects(results, "rows", "the file"))]
-    if not rows:
-        raise ValueError(f"results.json in {directory} has no rows: finish the job first")
-    columns = [
-        Column("Steps", [_plain(row.steps) for row in rows]),
-        Column("Evaluations", [_plain(row.evaluations) for row in rows]),
-        *(_metric(key, rows) for key in dict.fromkeys(key for row in rows for key in row.metrics)),
-        Column("Time", [_duration(row.seconds) for row in rows]),
-    ]
-    pictures = [
-        (_picture(entry, f"pictures[{i}]", directory), _text(entry, "caption", f"pictures[{i}]"))
-        for i, entry in enumerate(_objects(results, "pictures", "the file"))
-    ]
+    rows, columns = results.rows, table.columns(results)
+    figures = {column.key: column for column in columns if column.kind == "metric"}
+    shared, own = split([row.spec for row in rows if row.spec])
+    with_spec = [number for number, row in enumerate(rows) if row.spec]
+    style, script = ((Path(__file__).parent / f"report.{ending}").read_text("utf-8") for ending in ("css", "js"))
     return {
-        "title": _text(results, "title", "the file", required=True),
-        "summary": _text(results, "summary", "the file"),
+        "title": results.title,
+        "summary": results.summary,
         "rows": rows,
-        "columns": [column for column in columns if any(cell.key is not None for cell in column.cells)],
-        "pictures": [(picture, caption) for picture, caption in pictures if picture],
-        "spec": _outline(_object(results, "spec", "the file")),
-        "plot": chart,
+        "columns": columns,
+        "filters": [(i, c, _options(c)) for i, c in enumerate(columns, 1) if c.kind == "setting"],
+        "constant": [(table.setting_label(key), text) for key, text in table.constant(rows).items()],
+        "choices": choices(results),
+        "wanted": next((figures[o.key] for o in results.objectives if o.key in figures), None),
+        "front": set(front(rows, results.objectives)),
+        "plots": [(plot, figures[plot.key]) for plot in plots(results)],
+        "pictures": results.pictures,
+        "baseline": results.baseline,
+        "compared": paired.compared(results),
+        "candidates": paired.candidates(results),
+        "intervals": any(cell.interval for column in figures.values() for cell in column.cells),
+        "failed": [number for number, row in enumerate(rows) if row.error],
+        "least": max(230, *(min(64 * row.picture.width / row.picture.height, 600) for row in rows if row.picture), 0),
+        "spec": outline(results.spec),
+        "shared": outline(shared),
+        "row_specs": [(number, outline(spec)) for number, spec in zip(with_spec, own, strict=True) if spec],
+        "geometry": chart,
+        "exports": EXPORTS,
+        "data": _embedded(_data(results)),
+        "style": style,
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
 
 
-def _row(entry: _Object, where: str, directory: Path) -> Row:
-    metrics = _object(entry, "metrics", where)
-    return Row(
-        _text(entry, "name", where, required=True),
-        _text(entry, "note", where),
-        _number(entry, "steps", where),
-        _number(entry, "evaluations", where),
-        _number(entry, "seconds", where),
-        {key: _measurement(_object(metrics, key, f"{where}.metrics"), f"{where}.metrics.{key}") for key in metrics},
-        _picture(entry, where, directory),
-    )
+def _options(column: table.Column) -> list[tuple[str, str]]:
+    """The values of a setting as (sort key, text), in order; a missing one last."""
+    found = {cell.text: cell.key for cell in column.cells}
+    known = sorted((key, text) for text, key in found.items() if key is not None)
+    return [(str(key), text) for key, text in known] + [("missing", t) for t, key in found.items() if key is None]
 
 
-def _measurement(entry: _Object, where: str) -> tuple[float | None, float | None]:
-    return _number(entry, "value", where), _number(entry, "se", where)
+def _data(results: Results) -> dict[str, Any]:
+    """What the script needs beyond the table: the parts of differences, and the lines of the exports."""
+    figures: dict[str, Any] = {}
+    for key in paired.compared(results):
+        found = [row.measured(key) for row in results.rows]
+        figures[key] = {
+            "lower": results.metrics[key].lower,
+            "rows": [[m.value, paired.places(m.se or 0.0), m.left_out] if m.left_out else None for m in found],
+        }
+    return {
+        "baseline": results.baseline,
+        "students": paired.students(results.rows),
+        "pairs": [row.pairs for row in results.rows],
+        "figures": figures,
+        "exports": {name: asdict(tables.lines(results, name)) | {"file": end} for name, end in EXPORTS.items()},
+    }
 
 
-def _metric(key: str, rows: Sequence[Row]) -> Column:
-    base, _, space = key.partition("/")
-    lower = base not in HIGHER_IS_BETTER
-    found = [row.metrics.get(key, (None, None)) for row in rows]
-    values = [value for value, _ in found if value is not None]
-    best = (min(values) if lower else max(values)) if len(values) > 1 else None
-    points = [
-        chart.Measured(number, row.name, row.evaluations, value, se)
-        for number, (row, (value, se)) in enumerate(zip(rows, found, strict=True), 1)
-        if row.evaluations and value is not None
-    ]
-    return Column(
-        LABELS.get(base, base.capitalize()) + (f" ({space})" if space else ""),
-        [Cell(*_shown(value, se), best=value is not None and value == best) for value, se in found],
-        "lower" if lower else "higher",
-        chart.chart(points, lower) if len(points) > 1 else None,
-    )
-
-
-def _shown(value: float | None, se: float | None) -> tuple[str, float | None, str]:
-    """A value with the digits that its error supports: two of the error, or four of the value without one."""
-    if value is None:
-        return MISSING, None, ""
-    scale, digits = (se, 2) if se else (abs(value), 4)
-    if not scale or scale > 1e-4:
-        places = max(0, digits - 1 - math.floor(math.log10(scale))) if scale else 0
-        return f"{value:,.{places}f}", value, f"{se:.{places}f}" if se else ""
-    return f"{value:.3g}", value, f"{se:.1e}" if se else ""
-
-
-def _plain(value: float | None) -> Cell:
-    return Cell(MISSING if value is None else f"{value:,g}", value)
-
-
-def _duration(seconds: float | None) -> Cell:
-    if seconds is None:
-        return Cell(MISSING, None)
-    if seconds < 100:
-        return Cell(f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s", seconds)
-    minutes, rest = divmod(round(seconds), 60)
-    return Cell(f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s", seconds)
-
-
-def _picture(entry: _Object, where: str, directory: Path) -> Picture | None:
-    name = _text(entry, "image", where)
-    if not name:
-        return None
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise _wrong(name, "a file inside the job's folder", f"{where}.image")
-    try:
-        data = path.read_bytes()
-    except OSError:
-        raise FileNotFoundError(f"results.json: {where}.image {name!r} cannot be read: run the job again") from None
-    # A PNG file starts with its signature and the IHDR chunk, which holds width and height (PNG specification, 11.2.2).
-    header = data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24
-    width, height = struct.unpack(">II", data[16:24]) if header else (0, 0)
-    if not width or not height:
-        raise _wrong(name, "a PNG picture", f"{where}.image")
-    return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height)
-
-
-def _outline(entry: _Object) -> Outline:
-    outline = Outline([], [])
-    for key, value in entry.items():
-        lines = list(_flatten(key, value))
-        if isinstance(value, dict) and len(lines) > 12:
-            outline.groups.append((key, _outline(value)))
-        else:
-            outline.lines.extend(lines)
-    return outline
-
-
-def _flatten(key: str, value: object) -> Iterator[tuple[str, str]]:
-    """Nested objects as (dotted key, text) pairs, in order."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _flatten(f"{key}.{name}", inner)
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _read(path: Path) -> _Object:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: give the output folder of a finished job") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not a JSON file ({error}): run the job again") from None
-    if not isinstance(results, dict):
-        raise _wrong(results, "an object", "the file")
-    return results
-
-
-def _text(entry: _Object, key: str, where: str, required: bool = False) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) and (required or value is not None):
-        raise _wrong(value, "a string", f"{where}.{key}")
-    return value or ""
-
-
-def _number(entry: _Object, key: str, where: str) -> float | None:
-    value = entry.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise _wrong(value, "a number", f"{where}.{key}")
-    return value if value is not None and abs(value) < 1e300 else None  # nan, inf and what no float holds are unknown
-
-
-def _object(entry: _Object, key: str, where: str) -> _Object:
-    value = entry.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise _wrong(value, "an object", f"{where}.{key}")
-    return value or {}
-
-
-def _objects(entry: _Object, key: str, where: str) -> Sequence[_Object]:
-    value = entry.get(key)
-    if value is not None and not (isinstance(value, list) and all(isinstance(inner, dict) for inner in value)):
-        raise _wrong(value, "a list of objects", f"{where}.{key}")
-    return value or []
-
-
-def _wrong(value: object, expected: str, where: str) -> ValueError:
-    shown = json.dumps(value, ensure_ascii=False)
-    shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
-    return ValueError(f"results.json: {where} is {shown}, not {expected}: correct the file or run the job again")
+def _embedded(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end the element it stands in."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

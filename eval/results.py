@@ -89,6 +89,11 @@ class Result(Mapping[str, float]):
             raise ValueError(f"{file} is not JSON ({error}); run the evaluation again") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{file} is no result of an evaluation; pass its result.json or its folder")
+        return cls.from_json(content)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Result:
+        """Returns the result that `to_json` made, without its images."""
         figures = content["figures"].items()
         known = {(k, part): math.nan if f[part] is None else f[part] for k, f in figures for part in ("value", "se")}
         return cls({k: known[k, "value"] for k, _ in figures}, {k: known[k, "se"] for k, _ in figures}, content["spec"])

@@ -183,17 +183,27 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, kind: Kind
     shutil.rmtree(folder / "chunks", ignore_errors=True)
 
 
+class NoRoomError(OSError):
+    """The disk has no room for the features of a run."""
+
+
 def check_space(folder: Path, spools: Sequence[Spools]) -> None:
     """Refuses a disk that cannot hold the features still to come, before anything is drawn.
 
     Raises:
-        OSError: says how much is needed and how much there is.
+        NoRoomError: says how much is needed and how much there is.
     """
-    needed = sum(len(s.blocks[k]) * f.shape[1] * 4 for s in spools for f in s.features.values() for k in f.missing())
+    check_room(
+        folder, sum(len(s.blocks[k]) * f.shape[1] * 4 for s in spools for f in s.features.values() for k in f.missing())
+    )
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuses a disk without room for so many bytes; errors as of `check_space`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"the features take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left; choose another folder "
-                      "(output=, or TMPDIR without one)")  # fmt: skip
+        raise NoRoomError(f"the features take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left; choose another "
+                          "folder (output=, or TMPDIR without one)")  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401

@@ -47,7 +47,6 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 from flowkit import ClassConditionalPipeline, RectifiedFlowScheduler, rng, weights
-from flowkit.cli.pictures import mosaic, picture, save_png
 from flowkit.distill.trainer import Training, train
 from flowkit.eval import (
     ClassifierExtractor,
@@ -58,6 +57,7 @@ from flowkit.eval import (
     frechet_distance,
 )
 from flowkit.eval.classifier import Classifier
+from flowkit.eval.pictures import mosaic, picture, save_png
 from flowkit.progress import bar
 
 SIZE, CLASSES = 16, 24

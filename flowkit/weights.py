@@ -158,3 +158,18 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file whole or not at all, see `writing`."""
     with writing(path) as file:
         file.write(content)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses, before anything is loaded, a folder that cannot be made or written.
+
+    Raises:
+        OSError: where a file has its name or that of a folder above it, or the place is read-only.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"output {folder}: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"output {folder}: {place} cannot be written; choose another folder")

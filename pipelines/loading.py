@@ -28,10 +28,11 @@ from flowkit.pipelines.class_conditional import ClassConditionalPipeline
 from flowkit.schedulers import RectifiedFlowScheduler
 
 INDEX = "model_index.json"
+REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _OURS = {"ClassConditionalPipeline": ClassConditionalPipeline}
-_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def saved_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
                 for name in opened.keys():  # noqa: SIM118
                     kind = opened.get_slice(name).get_dtype()
                     counts[kind] = counts.get(kind, 0) + 1
-    return _DTYPES.get(max(sorted(counts), key=lambda kind: counts[kind]), torch.float32)
+    return _SAVED.get(max(sorted(counts), key=lambda kind: counts[kind]), torch.float32)
 
 
 def _folder(name: str, variant: str | None) -> tuple[Path, str | None]:
@@ -160,7 +161,7 @@ def _folder(name: str, variant: str | None) -> tuple[Path, str | None]:
         raise ValueError(
             f"{name} is a file, not a folder of diffusers; convert it with from_single_file and save_pretrained first"
         )
-    if not _REPOSITORY.fullmatch(name):
+    if not REPOSITORY.fullmatch(name):
         raise FileNotFoundError(f"no model {name!r}: no folder of that name is here; pass {', '.join(assets.NAMES)}, a folder of "
                                 "diffusers, or owner/name of a hub repository")  # fmt: skip
     folder = _snapshot(name, variant)
@@ -212,3 +213,35 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             diffusers_logging.enable_progress_bar()
+
+
+def choose_device(name: str, here: torch.device) -> torch.device:
+    """Returns the device asked for.
+
+    Args:
+        name: of torch's; "auto" means ``here`` where that is a GPU, and else the CPU.
+        here: the device of this process, also taken for "cuda".
+
+    Raises:
+        ValueError: for an unknown one, or "cuda" where there is none.
+    """
+    if name == "auto":
+        return here if here.type == "cuda" else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda, or another of torch's") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch sees no CUDA device here; use cpu")
+    return here if name == "cuda" and here.type == "cuda" else device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Returns the type of a pipeline's networks: of "auto" float32 on the CPU, and elsewhere None, as the weights are saved.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name) or (torch.float32 if device.type == "cpu" else None)

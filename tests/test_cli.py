@@ -120,7 +120,15 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["demo", "--help"], ["sample", "--help"], ["--version"], ["demo", "--data", "faces"]]
+    "arguments",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["sample", "--help"],
+        ["report", "--help"],
+        ["--version"],
+        ["demo", "--data", "faces"],
+    ],
 )
 def test_answers_without_importing_torch(arguments: list[str]) -> None:
     script = (

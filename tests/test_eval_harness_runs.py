@@ -521,6 +521,6 @@ def test_a_full_disk_is_told_before_anything_is_drawn(
 def test_the_time_is_told_after_the_first_batch(
     drawn: Tensor, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowkit.eval.harness.NOTABLE", 0)
+    monkeypatch.setattr("flowkit.eval.job.NOTABLE", 0)
     evaluate(drawn, "digits", batch_size=10)
     assert "sampling: the first 10 images took" in capfd.readouterr().err

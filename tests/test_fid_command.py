@@ -153,7 +153,7 @@ def test_processes_of_accelerate_give_the_same_bits(run: Path, tmp_path: Path) -
     assert done.stdout.count("fid/pixels") == 1
     wrong = subprocess.run([*launch, *call, str(ROOT / "README.md")], capture_output=True, text=True, env=environment)
     assert wrong.returncode != 0
-    assert wrong.stderr.count("error: --output") == 1
+    assert wrong.stderr.count("error: output") == 1
 
 
 def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

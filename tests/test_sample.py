@@ -32,7 +32,7 @@ import flowkit
 from flowkit import Grid, RectifiedFlowScheduler, rng
 from flowkit.cli import app, media, options
 from flowkit.cli import sample as command
-from flowkit.cli.pictures import mosaic, picture
+from flowkit.eval.pictures import mosaic, picture
 from flowkit.pipelines import loading
 
 from . import tiny
@@ -197,7 +197,7 @@ def test_our_scheduler_and_grid_come_back_from_a_stock_folder(
             assert said["scheduler"]["config"]["grid"]["sigmas"] == list(grid.sigmas)
             assert said["call"]["num_inference_steps"] == 3
         line = invoke(tmp_path / name, *inputs, "--steps", 5, "--output", tmp_path / "no", code=2)
-        assert line.startswith("error: --steps 5, but the grid has 3 steps; leave out --steps")
+        assert line.startswith("error: 5 steps are asked for, and the grid has 3; leave out the number")
         invoke(tmp_path / name, *inputs, "--steps", 2, "--grid", "uniform", "--output", tmp_path / f"{name} uniform")
 
 
@@ -591,17 +591,17 @@ def test_settings_without_samples_are_replaced(tmp_path: Path, monkeypatch: pyte
         (("digits", "--fps", "0"), "--fps 0 is out of range; give at least 1"),
         (("digits", "--format", "jpg"), "unknown --format 'jpg'; choose png, npz, webp, gif, mp4, wav"),
         (("digits", "--labels", "1", "--format", "gif"), "ClassConditionalPipeline makes image, which --format gif"),
-        (("digits", "--dtype", "int8"), "unknown --dtype 'int8'; choose auto, float32, bfloat16, float16"),
-        (("digits", "--device", "tpux"), "unknown --device 'tpux'; choose auto, cpu, cuda, or another of torch's"),
+        (("digits", "--dtype", "int8"), "unknown dtype 'int8'; choose auto, float32, bfloat16, float16"),
+        (("digits", "--device", "tpux"), "unknown device 'tpux'; choose auto, cpu, cuda, or another of torch's"),
         (("digits", "--solver", "magic"), "unknown solver 'magic'; choose one of euler, "),
         (("digits", "--grid", "magic"), "unknown grid 'magic'; choose one of uniform"),
         (("digits", "--grid", "no/file.json"), "no grid file at no/file.json; check the path"),
-        (("digits", "--scheduler", "DDIMSchedular"), "unknown --scheduler 'DDIMSchedular'; choose flowkit, keep, or a class of "
+        (("digits", "--scheduler", "DDIMSchedular"), "unknown scheduler 'DDIMSchedular'; choose flowkit, keep, or a class of "
          "diffusers such as DDIMScheduler"),
-        (("digits", "--scheduler", "keep", "--solver", "heun"), "--solver changes the scheduler, and --scheduler keep leaves it"),
-        (("digits", "--scheduler", "keep", "--knob", "debug=true"), "--knob debug changes the scheduler, and"),
+        (("digits", "--scheduler", "keep", "--solver", "heun"), "solver changes the scheduler, and scheduler 'keep' leaves it"),
+        (("digits", "--scheduler", "keep", "--knob", "debug=true"), "debug changes the scheduler, and"),
         (("digits", "--scheduler", "EulerDiscreteScheduler"), "the model predicts flow_prediction on the path 'flow', EulerDis"),
-        (("digits", "--eta", "0.3", "--knob", "eta=0.4"), "eta is given twice, by --eta 0.3 and --knob eta=0.4"),
+        (("digits", "--eta", "0.3", "--knob", "eta=0.4"), "eta is given twice, as 0.3 and among the knobs as 0.4"),
         (("digits", "--scheduler", "DDIMScheduler", "--solver", "heun"), "DDIMScheduler has no 'solver'; choose from beta_end"),
         (("digits", "--knob", "magic=1"), "unknown knob 'magic' = 1; choose from "),
         (("digits", "--knob", "magic"), "--knob 'magic' is no assignment; write --knob name=value"),
@@ -610,8 +610,8 @@ def test_settings_without_samples_are_replaced(tmp_path: Path, monkeypatch: pyte
         (("digits", "--prompt", "a cat"), "ClassConditionalPipeline needs class_labels; pass --labels 0-9"),
         (("digits", "--labels", "1", "--negative-prompt", "x"), "ClassConditionalPipeline takes no negative_prompt; it takes "),
         (("digits", "--labels", "8-10"), "input 2 has the class label 10; ClassConditionalPipeline has classes 0 to 9"),
-        (("digits", "--labels", "1,x"), "--labels '1,x' is no list of class labels; write them like 0,3,7 or 0-9"),
-        (("digits", "--labels", "7-3"), "--labels '7-3' is no list of class labels"),
+        (("digits", "--labels", "1,x"), "labels '1,x' are no list of class labels; write them like 0,3,7 or 0-9"),
+        (("digits", "--labels", "7-3"), "labels '7-3' are no list of class labels"),
         (("digits", "--labels", "1", "--prompt", "x"), "--prompt and --labels both say what to draw; keep one"),
         (("digits", "--labels", "1", "--arg", "generator=1"), "generator cannot be given: the sampler sets it"),
         (("digits", "--labels", "1", "--arg", "output_type=np"), "output_type cannot be given: --format says what is written"),
@@ -696,7 +696,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for output in ("file", "file/below"):
         line = invoke(*DIGITS, "--output", tmp_path / output, code=2)
-        assert line == f"error: --output {tmp_path / output}: {tmp_path / 'file'} is a file; choose another folder"
+        assert line == f"error: output {tmp_path / output}: {tmp_path / 'file'} is a file; choose another folder"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_bytes(b"mine")
     for given in ((), ("--overwrite",)):
@@ -713,7 +713,7 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "all were there already" in invoke(*DIGITS, "--output", tmp_path / "out", "--overwrite")
     monkeypatch.setattr("os.access", lambda *_: False)
     line = invoke(*DIGITS, "--output", tmp_path / "new" / "folder", code=2)
-    assert line == f"error: --output {tmp_path}/new/folder: {tmp_path} cannot be written; choose another folder"
+    assert line == f"error: output {tmp_path}/new/folder: {tmp_path} cannot be written; choose another folder"
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from flowkit.cli.fid import fid
+from flowkit.cli.report import report
+from flowkit.cli.sweep import sweep
 
 # What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
 # memory.
@@ -370,6 +372,8 @@ def _sample(
 
 
 app.add_typer(fid, name="fid")
+app.command("report")(report)
+app.add_typer(sweep, name="sweep")
 
 
 def main() -> None:

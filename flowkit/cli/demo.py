@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flowkit import distill
-from flowkit.cli.pictures import mosaic, picture, save_png
 from flowkit.eval.harness import Result, evaluate
+from flowkit.eval.pictures import mosaic, picture, save_png
 from flowkit.eval.report import write_report
 from flowkit.grids import Grid
 from flowkit.pipelines import load_demo
@@ -158,7 +158,11 @@ def write(rows: list[Row], output: Path, data: str, samples: int, seed: int, fas
             continue
         name = f"row-{number}.png"
         save_png(output / name, mosaic([picture(image) for image in result.images]))
-        metrics = {key: {"value": value, "se": result.se[key]} for key, value in result.items()}
+        metrics = {
+            key: {"value": value, "se": result.se[key], "left_out": result.figure(key).details["left_out"]}
+            for key, value in result.items()
+        }
+        drawn = result.spec["samples"]
         entries.append(
             {
                 "name": row.name,
@@ -167,6 +171,8 @@ def write(rows: list[Row], output: Path, data: str, samples: int, seed: int, fas
                 "evaluations": result.spec["network_evaluations"],
                 "seconds": result.spec["seconds"]["sampling"],
                 "metrics": metrics,
+                "pairs": f"seed {drawn['seed']}, {drawn['count']} images, inputs {drawn['inputs_sha256']}",
+                "spec": provenance(row),
                 "image": name,
             }
         )
@@ -186,8 +192,8 @@ def write(rows: list[Row], output: Path, data: str, samples: int, seed: int, fas
             "seed": seed,
             "fast": fast,
             "versions": spec.get("versions", {}),
-            "rows": {row.name: provenance(row) for row in rows},
         },
+        "baseline": rows[0].name,
         "rows": entries,
         "pictures": [{"image": "compare.png", "caption": "The same seeds and labels, row by row."}],
     }
@@ -202,7 +208,11 @@ def provenance(row: Row) -> dict[str, Any]:
         return {}
     spec = row.result.spec
     pipeline = {key: value for key, value in spec["pipeline"].items() if key != "source"}  # a path of this machine
-    return {"samples": spec["samples"], "pipeline": pipeline, "features": spec["features"]}
+    features = {  # the delete-one values stand beside the figures
+        key: {part: value for part, value in facts.items() if part != "left_out"}
+        for key, facts in spec["features"].items()
+    }
+    return {"samples": spec["samples"], "pipeline": pipeline, "features": features}
 
 
 HEADER = ("", "steps", "calls", "FD", "FD (pixels)", "time")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import warnings
@@ -21,15 +20,13 @@ from flowkit import eval as evaluation
 from flowkit.cli import USER_ERRORS
 from flowkit.cli.options import Options
 from flowkit.cli.sample import agreed, join, open_model
-from flowkit.cli.store import check_writable
 from flowkit.eval import runs, weight_files
 from flowkit.eval.images import images
 from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import PeerError
 from flowkit.eval.references import Extractor
 from flowkit.pipelines import loading
-
-_HUB = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+from flowkit.weights import check_writable
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Sampling:
         path = Path(self.source)
         if self.source in assets.NAMES or (path / loading.INDEX).is_file():
             return True
-        return not path.exists() and not path.suffix and _HUB.fullmatch(self.source) is not None
+        return not path.exists() and not path.suffix and loading.REPOSITORY.fullmatch(self.source) is not None
 
     def open(self, state: PartialState) -> dict[str, Any]:
         """Returns the source and its arguments for `flowkit.eval.evaluate`."""

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowkit.cli.pictures import picture
+from flowkit.eval.pictures import picture
 from flowkit.pipelines.sampling import as_uint8, parameters
 
 Kind = Literal["image", "video", "sound"]

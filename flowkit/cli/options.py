@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowkit import rng, solvers
-from flowkit.grids import Grid
+from flowkit.pipelines.requests import IMAGE, read_grid, read_labels, read_prompts, spread
 
 FORMATS = ("png", "npz", "webp", "gif", "mp4", "wav")
-# Pipeline arguments that hold one value for each sample; in a JSON line or --arg any other holds for a whole call.
-_EACH = re.compile(r"(negative_)?prompt(_\d)?|class_labels|((mask|control)_)?image")
-_IMAGE = re.compile(r"((mask|control)_)?image")
 
 
 @dataclass(frozen=True)
@@ -125,13 +121,8 @@ def read(options: Options) -> Request:
         if value is not None:
             _once(name, call, "--arg")
             call[name] = value
-    rows = _rows(options)
-    named = {name for row in rows for name in row}
-    # A line of the file wins over the command line; what differs between samples travels with them.
-    for name in [n for n in call if n in named or _EACH.fullmatch(n)]:
-        value = call.pop(name)
-        rows = [{name: value, **row} for row in rows]
-    for name, value in {(n, v) for row in rows for n, v in row.items() if isinstance(v, str) and _IMAGE.fullmatch(n)}:
+    rows, call = spread(_rows(options), call)
+    for name, value in {(n, v) for row in rows for n, v in row.items() if isinstance(v, str) and IMAGE.fullmatch(n)}:
         if not Path(value).is_file():
             raise FileNotFoundError(f"no picture at {value!r}, given as {name}; check the path")
     return Request(rows, call, knobs)
@@ -157,61 +148,6 @@ def _rows(options: Options) -> list[dict[str, Any]]:
     if options.labels is not None:
         return [{"class_labels": label} for label in read_labels(options.labels)]
     return [{"prompt": prompt} for prompt in options.prompts] or [{}]
-
-
-def read_labels(text: str) -> list[int]:
-    """Reads class labels: numbers and ranges with both ends, "0,3,7" or "0-9".
-
-    Raises:
-        ValueError: for anything else.
-    """
-    labels: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
-            raise ValueError(f"--labels {text!r} is no list of class labels; write them like 0,3,7 or 0-9")
-        labels += range(first, last + 1)
-    return labels
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of inputs: one prompt a line, or in a .jsonl one dict of pipeline arguments a line; empty lines do not count.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        ValueError: for an empty file, one that is not UTF-8, or a line that is no dict; names the line.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}; check the path")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix.lower() != ".jsonl":
-            rows.append({"prompt": line.strip()})
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is not JSON ({error}); write one dict a line") from error
-        if not isinstance(row, dict) or not row:
-            raise ValueError(f'line {number} of {path} is no dict of pipeline arguments; write {{"prompt": "..."}}')
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return rows
-
-
-def read_grid(text: str) -> str | Grid:
-    """Returns the grid of a file, or the name of one as it is."""
-    if Path(text).is_file() or Path(text).suffix == ".json" or len(Path(text).parts) > 1:
-        return Grid.load(text)
-    return text
 
 
 def assignments(pairs: Sequence[str], option: str) -> dict[str, Any]:
@@ -241,7 +177,7 @@ def _once(name: str, found: dict[str, Any], option: str) -> None:
 
 
 def _opened(name: str, value: Any) -> Any:  # noqa: ANN401
-    if not isinstance(value, str) or not _IMAGE.fullmatch(name):
+    if not isinstance(value, str) or not IMAGE.fullmatch(name):
         return value
     from PIL import Image, ImageOps
 

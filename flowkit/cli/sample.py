@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowkit import assets
-from flowkit.cli import USER_ERRORS, media, options, scheduling, store
+from flowkit.cli import USER_ERRORS, media, options, store
 from flowkit.cli.options import Options, Request
 from flowkit.eval.provenance import describe, versions
-from flowkit.pipelines import loading
+from flowkit.pipelines import loading, swap
 from flowkit.pipelines.sampling import blocks, check_arguments, parameters, sample_outputs
+from flowkit.progress import duration
+from flowkit.weights import check_writable
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH = {"video": 1, "sound": 1}
 _HOW = {"class_labels": "--labels 0-9", "prompt": "--prompt TEXT", "image": "--arg image=FILE"}
 _Result = TypeVar("_Result")
@@ -93,7 +94,7 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         here: the device of this process.
         console: for what goes on.
     """
-    store.check_writable(given.output)
+    check_writable(given.output)
     pipe, request, source, device = open_model(given, here, console)
     kind = media.kind(pipe)
     file_format = media.choose_format(type(pipe).__name__, kind, given.file_format)
@@ -139,9 +140,8 @@ def open_model(
         The pipeline on its device, inputs and arguments, where the model came from, and the device.
     """
     request = options.read(given)
-    device = _device(given.device, here)
-    if given.dtype != "auto" and given.dtype not in _DTYPES:
-        raise ValueError(f"unknown --dtype {given.dtype!r}; choose auto, {', '.join(_DTYPES)}")
+    device = loading.choose_device(given.device, here)
+    dtype = loading.choose_dtype(given.dtype, device)
     if given.offload and device.type != "cuda":
         raise ValueError(
             f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
@@ -149,9 +149,8 @@ def open_model(
     source = loading.find(given.model, given.variant)
     config = loading.scheduler_config(source)
     if config is not None:  # a wrong name is cheaper to find before the weights are read
-        scheduling.make(config, given.scheduler, request.knobs, given.eta)
+        swap.make(config, given.scheduler, request.knobs, given.eta)
     console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
-    dtype = _DTYPES.get(given.dtype) or (torch.float32 if device.type == "cpu" else None)
     pipe = for_task(loading.load(source, dtype, given.variant), request)
     if source.name in assets.NAMES and device.type == "cpu":
         torch.set_num_threads(1)  # so small a network gains nothing from more
@@ -188,8 +187,8 @@ def _scheduled(pipe: Any, given: Options, request: Request) -> Request:  # noqa:
         if given.scheduler != "keep" or request.knobs or given.eta is not None:
             raise ValueError(f"{type(pipe).__name__} has no scheduler to change; pass --scheduler keep")
         return request
-    pipe.scheduler = scheduler = scheduling.make(current, given.scheduler, request.knobs, given.eta)
-    steps = scheduling.steps(scheduler, call.get("num_inference_steps"))
+    pipe.scheduler = scheduler = swap.make(current, given.scheduler, request.knobs, given.eta)
+    steps = swap.steps(scheduler, call.get("num_inference_steps"))
     if steps is not None:
         call["num_inference_steps"] = steps
     if given.eta is not None and scheduler.config.get("eta") != given.eta:
@@ -268,7 +267,7 @@ def draw(job: Job, mine: Sequence[range], seed: int, console: Console, title: st
             seconds = time.perf_counter() - began
             if number == 1 and (rest := seconds * (total / done - 1)) > 10:
                 bar.console.print(
-                    f"the first {done} took {_duration(seconds)}, all will take {_duration(seconds + rest)}"
+                    f"the first {done} took {duration(seconds)}, all will take {duration(seconds + rest)}"
                 )
 
 
@@ -304,31 +303,10 @@ def _report(job: Job, drawn: int, seconds: float, overview: Path | None) -> None
     count, folder = job.settings["count"], job.store.folder
     noun = job.kind if count == 1 else f"{job.kind}s"
     speed = (
-        f"{drawn} drawn in {_duration(seconds)}, {drawn / seconds:.3g} a second" if drawn else "all were there already"
+        f"{drawn} drawn in {duration(seconds)}, {drawn / seconds:.3g} a second" if drawn else "all were there already"
     )
     look = f"; overview: {overview}" if overview else ""
     typer.echo(f"{count} {noun} in {folder} ({speed}){look}")
-
-
-def _duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _device(name: str, here: torch.device) -> torch.device:
-    """The device asked for; of "auto" and "cuda" that of this process."""
-    if name == "auto":
-        return here if here.type == "cuda" else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown --device {name!r}; choose auto, cpu, cuda, or another of torch's") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-    return here if name == "cuda" and here.type == "cuda" else device
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import zipfile
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowkit.cli import media
-from flowkit.cli.pictures import mosaic, picture, save_png
+from flowkit.eval.pictures import mosaic, picture, save_png
 from flowkit.eval.provenance import first_difference
 from flowkit.weights import write_bytes, writing
 
@@ -157,21 +156,6 @@ class Store:
             left -= len(block)
             if left <= 0:
                 return
-
-
-def check_writable(folder: Path) -> None:
-    """Refuses, before anything is loaded, a folder that cannot be made or written.
-
-    Raises:
-        OSError: where a file has its name or that of a folder above it, or the place is read-only.
-    """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(f"--output {folder}: {place} is a file; choose another folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {folder}: {place} cannot be written; choose another folder")
 
 
 @contextmanager

@@ -45,3 +45,26 @@ def save_png(path: Path, picture: Image.Image) -> None:
     buffer = BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     write_bytes(path, buffer.getvalue())
+
+
+def save_tiles(path: Path, pictures: Sequence[Image.Image], most: int = 128) -> Path:
+    """Writes pictures as one sheet of at most four columns: PNG where they are small, JPEG of smaller copies where they are not.
+
+    Args:
+        path: without suffix.
+        pictures: at least one.
+        most: side of the largest tile in pixels.
+
+    Returns:
+        The file.
+    """
+    side = max(max(one.size) for one in pictures)
+    small = side <= most // 2
+    sheet = mosaic(pictures, min(4, len(pictures)), max(48, side) if small else min(side, most))
+    if small:
+        save_png(path.with_suffix(".png"), sheet)
+        return path.with_suffix(".png")
+    buffer = BytesIO()
+    sheet.save(buffer, "JPEG", quality=88)
+    write_bytes(path.with_suffix(".jpg"), buffer.getvalue())
+    return path.with_suffix(".jpg")

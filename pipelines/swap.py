@@ -1,4 +1,4 @@
-"""The scheduler of ``flowkit sample``: the model's own, ours in its place, or a class of diffusers."""
+"""The scheduler to sample with: the model's own, ours in its place, or a class of diffusers."""
 
 from __future__ import annotations
 
@@ -30,23 +30,21 @@ def make(current: Any, choice: str, knobs: Mapping[str, Any], eta: float | None 
     """
     if choice == "keep":
         if knobs:
-            name = next(iter(knobs))
-            option = f"--{name}" if name in ("solver", "grid", "shift") else f"--knob {name}"
             raise ValueError(
-                f"{option} changes the scheduler, and --scheduler keep leaves it as it is; drop one of them"
+                f"{next(iter(knobs))} changes the scheduler, and scheduler 'keep' leaves it as it is; drop one of them"
             )
         return current
-    kind = RectifiedFlowScheduler if choice == "flowkit" else _stock(choice)
+    kind = RectifiedFlowScheduler if choice == "flowkit" else stock_class(choice)
     known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
     if eta is not None and "eta" in knobs:
-        raise ValueError(f"eta is given twice, by --eta {eta:g} and --knob eta={knobs['eta']}; drop one of them")
+        raise ValueError(f"eta is given twice, as {eta:g} and among the knobs as {knobs['eta']}; drop one of them")
     if eta is not None and "eta" in known:
         knobs = {**knobs, "eta": eta}
     if choice == "flowkit":
         try:
             return kind.from_config(current, **{"noise": "keyed", **knobs})
         except ValueError as error:
-            raise ValueError(f"{error} (--scheduler keep samples with the model's own)") from error
+            raise ValueError(f"{error} (scheduler 'keep' samples with the model's own)") from error
     if unknown := sorted(knobs.keys() - known):
         raise ValueError(f"{choice} has no {unknown[0]!r}; choose from {', '.join(sorted(known))}")
     config = current if isinstance(current, Mapping) else {**current.config, "_class_name": type(current).__name__}
@@ -69,13 +67,17 @@ def _walks(scheduler: Any) -> tuple[str, str] | None:  # noqa: ANN401
     return ours.path.name, str(ours.config["prediction_type"])
 
 
-def _stock(name: str) -> Any:  # noqa: ANN401
-    """A scheduler class of diffusers by name."""
+def stock_class(name: str) -> Any:  # noqa: ANN401
+    """Returns a scheduler class of diffusers by name.
+
+    Raises:
+        ValueError: where there is none of that name.
+    """
     kind = getattr(diffusers, name, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
         return kind
     near = difflib.get_close_matches(name, [n for n in dir(diffusers) if n.endswith("Scheduler")], 1, 0.0)[0]
-    raise ValueError(f"unknown --scheduler {name!r}; choose flowkit, keep, or a class of diffusers such as {near}")
+    raise ValueError(f"unknown scheduler {name!r}; choose flowkit, keep, or a class of diffusers such as {near}")
 
 
 def steps(scheduler: Any, asked: int | None) -> int | None:  # noqa: ANN401
@@ -92,6 +94,6 @@ def steps(scheduler: Any, asked: int | None) -> int | None:  # noqa: ANN401
     if not isinstance(grid, Grid):
         return asked
     if asked is not None and asked != len(grid):
-        raise ValueError(f"--steps {asked}, but the grid has {len(grid)} steps; leave out --steps, or choose another --grid "
-                         "such as uniform")  # fmt: skip
+        raise ValueError(f"{asked} steps are asked for, and the grid has {len(grid)}; leave out the number, or choose another "
+                         "grid such as uniform")  # fmt: skip
     return len(grid)

@@ -1,0 +1,130 @@
+"""The database of a study: SQLite in the sweep's folder, or a server that many machines reach; and who its workers are."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil  # type: ignore[import-untyped]
+import sqlalchemy
+from sqlalchemy.engine import make_url
+
+_SILENT = 4  # heartbeats missed before a worker is taken to be dead
+_PATIENCE = 60  # seconds to wait for another's write to SQLite
+
+
+def storage_url(storage: str | None, output: Path) -> str:
+    """Returns the URL of a sweep's database as SQLAlchemy takes it.
+
+    Args:
+        storage: the URL given, such as "postgresql://user@host/database"; None means SQLite in the output folder.
+        output: the folder.
+
+    Raises:
+        ValueError: for what is no URL.
+    """
+    if storage is None:
+        return f"sqlite:///{(output / 'study.db').absolute()}"
+    try:
+        url = make_url(storage)
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ValueError(
+            f"storage {storage!r} is no URL; write postgresql://user@host/database, or leave it out"
+        ) from error
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")  # the driver that the extra "postgres" installs
+    return url.render_as_string(hide_password=False)
+
+
+def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
+    """Opens a database, its tables made where they are missing.
+
+    Args:
+        url: from `storage_url`.
+        heartbeat: seconds between signs of life of a worker; one that is silent four times as long is taken to be dead.
+
+    Raises:
+        OSError: for one that cannot be reached or written.
+    """
+    sqlite = url.startswith("sqlite")
+    options: dict[str, Any] = {"connect_args": {"timeout": _PATIENCE}} if sqlite else {"pool_pre_ping": True}
+    for attempt in range(5):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                storage = optuna.storages.RDBStorage(
+                    url, options, heartbeat_interval=heartbeat, grace_period=_SILENT * heartbeat
+                )
+            break
+        except (
+            sqlalchemy.exc.IntegrityError,
+            sqlalchemy.exc.ProgrammingError,
+            sqlalchemy.exc.OperationalError,
+        ) as error:
+            # Another worker makes the tables at this moment.
+            if attempt == 4 or not re.search(r"already exists|duplicate|UNIQUE", str(error)):
+                raise
+            time.sleep(1)
+    if sqlite:
+        # SQLite has no row locks: without these, two workers could both read that a trial waits, and both take it.
+        sqlalchemy.event.listen(
+            storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
+        )
+        sqlalchemy.event.listen(
+            storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+        )
+        storage.engine.dispose()  # connections made before
+    return storage
+
+
+@contextmanager
+def reachable(url: str) -> Iterator[None]:
+    """Says which database failed, without its password.
+
+    Raises:
+        OSError: for any error of the database.
+        ImportError: for a driver that is not installed.
+    """
+    try:
+        yield
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise _unreachable(url, getattr(error, "orig", None) or error) from error
+    except optuna.exceptions.StorageInternalError as error:
+        raise _unreachable(url, error.__cause__ or error) from error
+    except ImportError as error:
+        raise ImportError(f'{error}; a PostgreSQL study needs pip install "flowkit-diffusion[postgres]"') from error
+
+
+def _unreachable(url: str, error: BaseException) -> OSError:
+    reason = " ".join(str(error).split())[:300]
+    return OSError(f"the study's database {make_url(url)!r} cannot be used ({reason}); check that it runs, that it can be "
+                   "reached from here, and that it may be written")  # fmt: skip
+
+
+def identity() -> dict[str, Any]:
+    """Returns what tells this process from all others, and its name for people."""
+    try:
+        space = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        space = socket.gethostname()
+    process = psutil.Process()
+    name = f"{socket.gethostname()}, process {process.pid}"
+    return {"name": name, "space": space, "pid": process.pid, "started": process.create_time()}
+
+
+def died_here(worker: Mapping[str, Any] | None) -> bool:
+    """Tells whether a worker was a process of this machine and is none any more."""
+    if worker is None or worker["space"] != identity()["space"]:
+        return False
+    try:
+        return bool(abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1)
+    except psutil.NoSuchProcess:
+        return True
