@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 from rich.progress import Progress
@@ -27,12 +27,14 @@ from flowkit.distill.shortest import Nodes, check_nodes, check_steps, nearest_pa
 from flowkit.eval import runs as folders
 from flowkit.eval.intervals import paired
 from flowkit.eval.provenance import describe
+from flowkit.eval.references import Extractor, Reference
 from flowkit.eval.sources import PipelineSource
 from flowkit.grids import Grid, named
+from flowkit.paths import Path
 from flowkit.pipelines.sampling import Inputs
 from flowkit.progress import bar
 
-METHODS, OBJECTIVES = ("bellman",), ("final", "local")
+METHODS, OBJECTIVES = ("bellman", "evolve"), ("final", "local")
 _STARTS = 3  # local, uniform, Karras
 COSTS, ERRORS = "costs.safetensors", "errors.json"
 SEARCH = folders.Kind(
@@ -60,6 +62,11 @@ def optimize_steps(
     forced: Iterable[int] = (),
     seed: int = 0,
     batch_size: int = 64,
+    reference: Reference = None,
+    extractor: Extractor | None = None,
+    scales: Iterable[float] = (),
+    skip: float = 0.0,
+    storage: str | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -110,8 +117,20 @@ def optimize_steps(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+    if method == "evolve":
+        return _evolve(
+            pipe, steps, objective=objective, reference=reference, extractor=extractor, scales=scales, skip=skip,
+            storage=storage, inputs=inputs, call=call, solver=solver, anchors=anchors, samples=samples, held_out=held_out,
+            budget=budget, forbidden=forbidden, forced=forced, seed=seed, batch_size=batch_size,
+            output=None if output is None else FilePath(output), resume=resume, progress=progress,
+        )  # fmt: skip
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r} of {method}; choose {', '.join(OBJECTIVES)}")
+    if given := [name for name, value in (("reference", reference), ("extractor", extractor), ("scales", tuple(scales)),
+                                          ("skip", skip), ("storage", storage)) if value]:  # fmt: skip
+        raise ValueError(
+            f"{', '.join(given)} cannot be given to the method {method!r}; leave it out, or pass method='evolve'"
+        )
     held_out = (samples if objective == "final" else 0) if held_out is None else held_out
     if anchors < 1 or samples < 2 or held_out < 0 or held_out == 1:
         raise ValueError(f"got anchors={anchors}, samples={samples}, held_out={held_out}; at least 1, 2 and 2 are needed (or "
@@ -126,9 +145,9 @@ def optimize_steps(
     if objective == "final" and (short := [k for k in wanted if trials[k] < _STARTS]):
         raise ValueError(f"budget={budget} is enough for {trials[short[0]]} runs of {short[0]} steps, and the search begins with "
                          f"{_STARTS}; give it some 100 times the steps")  # fmt: skip
-    folder = None if output is None else Path(output)
+    folder = None if output is None else FilePath(output)
     if folder is not None:
-        folders.open_run(folder, _settings(runs, anchors, samples), resume, SEARCH)
+        folders.open_run(folder, settings(runs, anchors, samples), resume, SEARCH)
     shared = {"method": method, "objective": objective, "prediction_type": runs.prediction, "anchors": anchors}
     shared |= {"samples": samples, "seed": seed, "call": describe(runs.call)}
     with bar(progress) as display:
@@ -165,6 +184,17 @@ def optimize_steps(
     return grids
 
 
+def _evolve(*args: Any, **kwargs: Any) -> dict[int, Grid]:  # noqa: ANN401
+    """`flowkit.distill.evolve.evolve`, whose extra may not be installed."""
+    try:
+        from flowkit.distill.evolve import evolve
+    except ImportError as error:
+        raise ImportError(
+            f'an evolutionary search needs {error.name}: pip install "flowkit-diffusion[sweep]"'
+        ) from error
+    return evolve(*args, **kwargs)
+
+
 def forecast(
     runs: Runs, steps: Iterable[int], anchors: int, samples: int, held_out: int, budget: int
 ) -> dict[str, int]:
@@ -199,11 +229,11 @@ def _final(
     trials: int,
     without: Sequence[int],
     through: Sequence[int],
-    folder: Path | None,
+    folder: FilePath | None,
     display: Progress,
 ) -> tuple[Nodes, dict[Nodes, float]]:
     """The path of the least error to the fine solution, and the error of every one that was measured."""
-    count, last, path = len(local) - 1, len(anchors), runs.scheduler.path
+    count = len(local) - 1
     task = display.add_task(f"trials of {count} steps", total=trials)
     file = None if folder is None else folder / ERRORS
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
@@ -217,12 +247,29 @@ def _final(
         display.advance(task)
         return known[name]
 
-    karras = [path.at_level(v) for v in named("karras", count, path).sigmas]
-    others = uniform_path(last, count), nearest_path([path.at_level(v) for v in anchors.sigmas], karras)
+    others = starts(anchors, runs.scheduler.path, count, without, through).values()
     search = Descent(error, trials, without, through)
-    best = search.best([local, *(p for p in others if set(through) <= set(p) and not set(without) & set(p))])
+    best = search.best([local, *others])
     display.update(task, total=len(search.found))
     return best, search.found
+
+
+def starts(anchors: Grid, path: Path, steps: int, without: Iterable[int], through: Iterable[int]) -> dict[str, Nodes]:
+    """Returns the paths nearest to the "uniform" and the "karras" grid, those that forbidden and forced anchors leave.
+
+    Args:
+        anchors: the fine grid.
+        path: of the pipeline.
+        steps: number of them, K.
+        without: forbidden anchors.
+        through: forced anchors.
+    """
+    karras = [path.at_level(v) for v in named("karras", steps, path).sigmas]
+    found = {
+        "uniform": uniform_path(len(anchors), steps),
+        "karras": nearest_path([path.at_level(v) for v in anchors.sigmas], karras),
+    }
+    return {name: nodes for name, nodes in found.items() if {*through} <= {*nodes} and not {*without} & {*nodes}}
 
 
 def _measured(runs: Runs, grid: Grid, uniform: Grid, fine: Fine, display: Progress) -> dict[str, Any]:
@@ -242,7 +289,7 @@ def _measured(runs: Runs, grid: Grid, uniform: Grid, fine: Fine, display: Progre
     }
 
 
-def _settings(runs: Runs, anchors: int, samples: int) -> dict[str, Any]:
+def settings(runs: Runs, anchors: int, samples: int) -> dict[str, Any]:
     """What the fine run depends on."""
     source = PipelineSource(runs.pipe, samples, runs.seed, runs.inputs, runs.call, runs.batch_size).describe()
     del source["pipeline"]["scheduler"]

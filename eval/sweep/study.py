@@ -8,8 +8,6 @@ whose worker died is closed, and its slot waits again, to be gone on with where 
 from __future__ import annotations
 
 import json
-import logging
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +26,7 @@ from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.axes import Range
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import SweepConfig
-from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable
+from flowkit.eval.sweep.storage import alive, bury_the_dead, identity, open_storage, reachable, take
 
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _PATIENCE = 60  # seconds to wait for the worker that has just made the study
@@ -186,15 +184,10 @@ class Study:
         """
         with reachable(self.url):
             self._load()
-            self._bury_the_dead()
+            bury_the_dead(self._study, self._storage)
             self._fill()
             for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                # First the heartbeat: a trial that never had one would not be missed.
-                self._storage.record_heartbeat(trial._trial_id)
-                try:
-                    if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                        continue
-                except optuna.exceptions.UpdateFinishedTrialError:
+                if not take(self._storage, trial._trial_id):
                     continue
                 slot = trial.user_attrs["slot"]
                 self._load(slot)
@@ -229,23 +222,8 @@ class Study:
     @contextmanager
     def alive(self, claim: Claim) -> Iterator[None]:
         """Shows the others that this worker lives while it measures."""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(self.config.heartbeat):
-                # A database that is away for a moment costs nothing but this beat.
-                try:
-                    self._storage.record_heartbeat(claim.trial._trial_id)
-                except Exception as error:
-                    logging.getLogger(__name__).warning("no heartbeat: %s", error)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with alive(self._storage, claim.trial._trial_id):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def finish(self, claim: Claim, values: Sequence[float], result: Mapping[str, Any]) -> None:
         """Writes a cell's figures.
@@ -279,7 +257,7 @@ class Study:
     def retry_failed(self) -> int:
         """Lets failed cells wait again; returns how many."""
         with reachable(self.url):
-            self._bury_the_dead()
+            bury_the_dead(self._study, self._storage)
             failed = [entry.slot for entry in self.entries() if entry.state == "failed"]
             trials = self._trials()
             for slot in failed:
@@ -323,18 +301,6 @@ class Study:
                 for name, among in self._choices.items()
             }
         )
-
-    def _bury_the_dead(self) -> None:
-        """Closes trials whose workers died: those of this machine at once, others when their heartbeat is missing."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if died_here(trial.user_attrs.get("worker")):
-                try:
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self._study)
 
 
 def _values(cells: Sequence[Cell]) -> dict[str, list[Any] | Range]:
