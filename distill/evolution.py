@@ -149,7 +149,7 @@ class Evolution:
         """Takes a waiting genome, or has a child made; None where enough are taken."""
         bury_the_dead(self._study, self._storage)
         # Loaded anew: an old study would show its sampler the trials of its first day.
-        breeder = _Breeder(self.space, self._seed)
+        breeder = _Breeder(self.space, self._seed, self._genome_of)
         self._study = optuna.load_study(storage=self._storage, sampler=breeder, study_name=self._name)
         self._fill()
         while len(self._study.get_trials(deepcopy=False, states=_LIVE)) < trials:
@@ -171,7 +171,7 @@ class Evolution:
         """Settles the genome of a trial that was taken; None where another worker has the same, or the last one."""
         trial.set_user_attr("worker", identity())
         _ = trial.relative_params  # has NSGA-II count it in its generation
-        chosen = {name: trial._suggest(name, kind) for name, kind in self.space.distributions().items()}
+        chosen = {name: trial._suggest(name, kind) for name, kind in self.space.distributions.items()}
         genome = self.space.genome(chosen)
         assert genome is not None
         others = [o for o in self._study.get_trials(deepcopy=False, states=_LIVE) if o.number < trial.number]
@@ -192,15 +192,15 @@ class Evolution:
 class _Breeder(optuna.samplers.NSGAIISampler):
     """NSGA-II whose children are genomes that nobody has evaluated."""
 
-    def __init__(self, space: Space, seed: int) -> None:
-        self._space, self._seed = space, seed
+    def __init__(self, space: Space, seed: int, genome_of: Callable[[FrozenTrial], Genome | None]) -> None:
+        self._space, self._seed, self._genome_of = space, seed, genome_of
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             super().__init__(population_size=POPULATION, seed=0, child_generation_strategy=self._child)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Returns the parameters of every genome."""
-        return self._space.distributions()
+        return self._space.distributions
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -213,14 +213,13 @@ class _Breeder(optuna.samplers.NSGAIISampler):
     ) -> dict[str, Any]:
         space, values, taken = self._space, dict[Genome, float](), set[Genome]()
         for trial in study.get_trials(deepcopy=False, states=_LIVE):
-            genome = space.genome(trial.params)
-            if genome is not None:
+            if (genome := self._genome_of(trial)) is not None:
                 taken.add(genome)
                 if trial.value is not None:
                     values[genome] = trial.value
         draw = np.random.default_rng(rng.sample_seed(self._seed, len(taken)))
         ranked = sorted(values, key=lambda genome: (values[genome], genome))
-        breeding = sorted({genome for trial in parents if (genome := space.genome(trial.params))}, key=ranked.index)
+        breeding = sorted({genome for trial in parents if (genome := self._genome_of(trial))}, key=ranked.index)
         for _ in range(_TRIES):
             genome = self._bred(draw, ranked, breeding)
             if genome not in taken:

@@ -149,8 +149,9 @@ class Space:
             **{f"skipped {i}": cell for i, cell in enumerate(genome.skipped)},
         }
 
+    @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Returns what each parameter may be."""
+        """What each parameter may be, by name."""
         cells = self.steps * self.layers
         return {
             **{f"anchor {i}": IntDistribution(1, self.anchors - 1) for i in range(1, self.steps)},
@@ -160,13 +161,12 @@ class Space:
 
     def genome(self, parameters: Mapping[str, Any]) -> Genome | None:
         """Returns the genome of such parameters; None where some are missing."""
-        wanted = self.distributions()
-        if not wanted.keys() <= parameters.keys():
+        if not self.distributions.keys() <= parameters.keys():
             return None
-        inner, scales, skipped = (
-            tuple(parameters[key] for key in wanted if key.startswith(name)) for name in ("anchor", "scale", "skipped")
-        )
-        return Genome((0, *inner, self.anchors), scales, skipped)
+        inner, scales = self.steps - 1, self.steps if self.scales else 0
+        values = [parameters[name] for name in self.distributions]
+        nodes, rest = (0, *values[:inner], self.anchors), values[inner:]
+        return Genome(nodes, tuple(rest[:scales]), tuple(rest[scales:]))
 
 
 def _some(draw: Draw, among: Sequence[int], count: int) -> tuple[int, ...]:
