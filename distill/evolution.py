@@ -4,9 +4,10 @@ Optuna's are the study in its database, the workers' trials and heartbeats, and 
 of one objective here: the parents are the best of the last generation and its parents). Ours are the first generation, how a child
 is made of its parents, and the rule that no genome is evaluated twice:
 
-- the first generation is the seeds and random genomes;
+- the first generation is the seeds, seeds with one thing changed, and random genomes;
 - most children are one of the best genomes so far with one thing changed, a local search; the others mix two parents, the better
-  of two drawn each, and half of those are changed as well. A genome that is known is drawn again.
+  of two drawn each, and half of those are changed as well. Where only time steps are searched, some are the grid that a sum of
+  costs of single steps, fitted to all errors so far, takes for the best (`flowkit.distill.additive`). What is known is drawn anew.
 
 A child is a function of the seed and of the genomes evaluated before it, so one worker ends the same however often it was killed;
 several workers depend on who comes first.
@@ -28,11 +29,13 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from flowkit import rng
+from flowkit.distill.additive import likely_path
 from flowkit.distill.genome import Draw, Genome, Space
 from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.storage import alive, bury_the_dead, identity, take
 
 POPULATION = 10
+_FITTED = 0.3  # share of guesses of the fitted costs among children
 _LOCAL, _BEST = (
     0.7,
     0.7,
@@ -141,7 +144,9 @@ class Evolution:
         """The first generation."""
         found, draw = list(dict.fromkeys(seeds)), np.random.default_rng(rng.sample_seed(self._seed, -1))
         while len(found) < min(POPULATION, self.space.size):
-            if (genome := self.space.random(draw)) not in found:
+            near = seeds and draw.random() < 0.5
+            genome = self.space.mutated(draw, seeds[draw.integers(len(seeds))]) if near else self.space.random(draw)
+            if genome not in found:
                 found.append(genome)
         return found
 
@@ -220,6 +225,11 @@ class _Breeder(optuna.samplers.NSGAIISampler):
         draw = np.random.default_rng(rng.sample_seed(self._seed, len(taken)))
         ranked = sorted(values, key=lambda genome: (values[genome], genome))
         breeding = sorted({genome for trial in parents if (genome := self._genome_of(trial))}, key=ranked.index)
+        if ranked and not space.scales and not space.skips and draw.random() < _FITTED:
+            paths, errors = zip(*((genome.nodes, values[genome]) for genome in ranked), strict=True)
+            guess = likely_path(paths, errors, draw if draw.random() < 0.5 else None, space.forbidden, space.forced)
+            if Genome(guess) not in taken:
+                return space.parameters(Genome(guess))
         for _ in range(_TRIES):
             genome = self._bred(draw, ranked, breeding)
             if genome not in taken:
