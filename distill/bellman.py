@@ -80,23 +80,35 @@ def optimize_steps(
     Args:
         pipe: any diffusers pipeline, on any path; it is left as it was.
         steps: numbers of steps K wanted, each from 1 to ``anchors``; all come from one fine run.
-        method: "bellman".
-        objective: "final", the error of the last sample to the fine solution; or "local", the paper's summed squared error of each
-            step by itself, without further runs. For solvers that look back or call the network within a step, "local" takes each
-            step for one of first order (see `flowkit.distill.costs.StepErrors`).
+        method: "bellman"; or "evolve", an evolutionary search (AutoDiffusion; Li et al. 2023, arXiv 2309.10438) by Optuna, see
+            `flowkit.distill.evolve`, which needs the extra "sweep".
+        objective: "final", the error of the last sample to the fine solution. Of "bellman" also "local", the paper's summed squared
+            error of each step by itself, without further runs; for solvers that look back or call the network within a step it takes
+            each step for one of first order (see `flowkit.distill.costs.StepErrors`). Of "evolve" also "fid", the Frechet distance
+            of images to ``reference``.
         inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples, such as ``dict(guidance_scale=5.0)``.
         solver: what will run on the grid, a deterministic one of `flowkit.solvers.SOLVERS`. None means that of the pipeline's
             scheduler if it is ours, and Euler if not.
         anchors: fine steps A, among whose A + 1 levels a grid chooses.
-        samples: number of trajectories, >= 2: the search noise.
+        samples: number of trajectories, >= 2: the search noise. Of "fid" the number of images of each trial; figures of few images
+            are biased upwards, so only equal numbers compare.
         held_out: number of further samples, none of the search's, on which the error and what is gained over even steps are
-            measured; 0 for none. None means as many as ``samples`` for "final", none for "local".
-        budget: network evaluations of each sample that "final" may spend on each number of steps, guidance not counted.
+            measured; 0 for none. None means as many as ``samples``, and none for "local".
+        budget: network evaluations of each sample that "final" and "fid" may spend on each number of steps, guidance not counted;
+            a layer that is skipped counts as run.
         forbidden: inner anchors that no grid may visit.
         forced: inner anchors that every grid must visit.
         seed: of the noise.
         batch_size: samples at a time; memory holds ``2 A + 1`` states of each.
+        reference: of "fid", one, as for `flowkit.eval.evaluate`: "digits" or "shapes", statistics, images.
+        extractor: of "fid", likewise; None means the reference's own.
+        scales: guidance scales that "evolve" chooses from at each step, beside the pipeline's own, which must be above 1; none:
+            that scale at all steps. A scale of 1 costs no unconditional evaluation.
+        skip: share of a run's layers that "evolve" leaves out, in [0, 1), others at each step, chosen to harm least. Only networks
+            that are stacks of residual transformer blocks have such layers; 0 runs all. More is cheaper, never better.
+        storage: of "evolve": URL of a database that several workers share, such as "postgresql://user@host/database", each called
+            with the same arguments and, where there is one, the same name of ``output``. None means SQLite in ``output``.
         output: folder of the search: the fine run in blocks, the cost matrix, every measured error and the grids. A search that was
             killed goes on there and ends the same; another number of steps, objective or budget needs no other fine run. None keeps
             nothing.
@@ -109,11 +121,21 @@ def optimize_steps(
         uniform grid, which is not smaller; on held-out noise the root mean squared error per element, and the gain over the uniform
         grid with its paired standard error; and the settings.
 
+        Of "evolve" it holds instead the best genomes with their figures on fresh noise, "ranking", each with its standard error, the
+        returned one first; the grids that the search began with, "seeds" (uniform, Karras, Bellman), none of which ranks before it,
+        with what is gained over each on held-out noise and the paired standard error; and where they were searched the guidance
+        scale and the skipped layers of each network evaluation, which `flowkit.distill.parts` turns into what to attach::
+
+            pipe.scheduler.set_grid(grid)
+            with flowkit.attach(pipe, *flowkit.distill.parts(grid)): ...
+
     Raises:
-        OSError: for a folder that cannot be written.
+        ImportError: for "evolve" without its extra.
+        OSError: for a folder that cannot be written, or a database that cannot be reached.
         TypeError: for arguments that the pipeline does not take.
         ValueError: for a bad number, an unknown method or objective, a solver that draws noise, a scheduler that has no path of
-            ours, a pipeline that does not simply take ``anchors`` steps, or a folder with a search of other settings.
+            ours, a pipeline that does not simply take ``anchors`` steps, layers that cannot be skipped, scales without guidance, or
+            a folder or study with a search of other settings.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")

@@ -35,7 +35,7 @@ from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.storage import alive, bury_the_dead, identity, take
 
 POPULATION = 10
-_FITTED = 0.3  # share of guesses of the fitted costs among children
+_FITTED = 0.5  # share of guesses of the fitted costs among children
 _LOCAL, _BEST = (
     0.7,
     0.7,
