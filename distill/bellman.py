@@ -83,9 +83,9 @@ def optimize_steps(
         method: "bellman"; or "evolve", an evolutionary search (AutoDiffusion; Li et al. 2023, arXiv 2309.10438) by Optuna, see
             `flowkit.distill.evolve`, which needs the extra "sweep".
         objective: "final", the error of the last sample to the fine solution. Of "bellman" also "local", the paper's summed squared
-            error of each step by itself, without further runs; for solvers that look back or call the network within a step it takes
-            each step for one of first order (see `flowkit.distill.costs.StepErrors`). Of "evolve" also "fid", the Frechet distance
-            of images to ``reference``.
+            error of each step by itself, without further runs; for solvers that look back or call the network within a step, it
+            takes each step for one of first order (see `flowkit.distill.costs.StepErrors`). Of "evolve" also "fid", the Frechet
+            distance of images to ``reference``.
         inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples, such as ``dict(guidance_scale=5.0)``.
         solver: what will run on the grid, a deterministic one of `flowkit.solvers.SOLVERS`. None means that of the pipeline's
@@ -121,10 +121,10 @@ def optimize_steps(
         uniform grid, which is not smaller; on held-out noise the root mean squared error per element, and the gain over the uniform
         grid with its paired standard error; and the settings.
 
-        Of "evolve" it holds instead the best genomes with their figures on fresh noise, "ranking", each with its standard error, the
-        returned one first; the grids that the search began with, "seeds" (uniform, Karras, Bellman), none of which ranks before it,
-        with what is gained over each on held-out noise and the paired standard error; and where they were searched the guidance
-        scale and the skipped layers of each network evaluation, which `flowkit.distill.parts` turns into what to attach::
+        Of "evolve" it holds instead the best genomes with their figures on fresh noise, "ranking", each with its standard error,
+        the returned one first; the grids that the search began with, "seeds" (uniform, Karras, Bellman), none of which ranks
+        before it, with what is gained over each on held-out noise and the paired standard error; and where they were searched the
+        guidance scale and the skipped layers of each network evaluation, which `flowkit.distill.parts` turns into what to attach::
 
             pipe.scheduler.set_grid(grid)
             with flowkit.attach(pipe, *flowkit.distill.parts(grid)): ...

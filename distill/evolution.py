@@ -145,7 +145,9 @@ class Evolution:
         found, draw = list(dict.fromkeys(seeds)), np.random.default_rng(rng.sample_seed(self._seed, -1))
         while len(found) < min(POPULATION, self.space.size):
             near = seeds and draw.random() < 0.5
-            genome = self.space.mutated(draw, seeds[draw.integers(len(seeds))]) if near else self.space.random(draw)
+            genome = (
+                self.space.mutated(draw, seeds[int(draw.integers(len(seeds)))]) if near else self.space.random(draw)
+            )
             if genome not in found:
                 found.append(genome)
         return found
@@ -218,13 +220,13 @@ class _Breeder(optuna.samplers.NSGAIISampler):
     ) -> dict[str, Any]:
         space, values, taken = self._space, dict[Genome, float](), set[Genome]()
         for trial in study.get_trials(deepcopy=False, states=_LIVE):
-            if (genome := self._genome_of(trial)) is not None:
-                taken.add(genome)
+            if (known := self._genome_of(trial)) is not None:
+                taken.add(known)
                 if trial.value is not None:
-                    values[genome] = trial.value
+                    values[known] = trial.value
         draw = np.random.default_rng(rng.sample_seed(self._seed, len(taken)))
         ranked = sorted(values, key=lambda genome: (values[genome], genome))
-        breeding = sorted({genome for trial in parents if (genome := self._genome_of(trial))}, key=ranked.index)
+        breeding = sorted({known for trial in parents if (known := self._genome_of(trial))}, key=ranked.index)
         if ranked and not space.scales and not space.skips and draw.random() < _FITTED:
             paths, errors = zip(*((genome.nodes, values[genome]) for genome in ranked), strict=True)
             guess = likely_path(paths, errors, draw if draw.random() < 0.5 else None, space.forbidden, space.forced)

@@ -75,7 +75,8 @@ class Space:
     def size(self) -> int:
         """Number of genomes."""
         grids = math.comb(len(self.free), self.chosen)
-        return grids * max(1, len(self.scales)) ** self.steps * math.comb(self.steps * self.layers, self.skips)
+        scales = int(max(1, len(self.scales)) ** self.steps)
+        return grids * scales * math.comb(self.steps * self.layers, self.skips)
 
     def plain(self, nodes: Nodes, scale: float | None = None) -> Genome:
         """Returns a grid with one scale at all steps, and skipped layers spread evenly."""

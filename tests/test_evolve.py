@@ -31,7 +31,8 @@ from flowkit.hooks import SkippedLayers
 from flowkit.hooks.skip import layers
 
 from . import mixtures, postgres
-from .tiny import build, run
+from .families import stock_of
+from .tiny import PIPELINES, build, run
 
 ROOT = Path(__file__).parent.parent
 SPACES = {
@@ -144,7 +145,7 @@ def test_scales_and_layers_are_found_too() -> None:
     wanted = Genome((0, 2, 7, 12), (3.0, 1.0, 2.0), (1, 6, 11))
 
     def error(genome: Genome) -> float:
-        far = sum(abs(a - b) for a, b in zip(genome.nodes, wanted.nodes, strict=True))
+        far = float(sum(abs(a - b) for a, b in zip(genome.nodes, wanted.nodes, strict=True)))
         far += sum(abs(a - b) for a, b in zip(genome.scales, wanted.scales, strict=True))
         return far + len({*genome.skipped} - {*wanted.skipped})
 
@@ -333,7 +334,7 @@ def test_a_search_goes_on_in_its_folder(tmp_path: Path) -> None:
         optimize_steps(mixtures.ring(), [3], budget=90, output=tmp_path / "search", forbidden=[4], **how)
     with pytest.raises(ValueError, match="holds a search of steps already; pass resume=True"):
         optimize_steps(mixtures.ring(), [3], budget=90, output=tmp_path / "search", resume=False, **how)
-    with pytest.raises(ValueError, match="samples.seed 0, this one has 1"):
+    with pytest.raises(ValueError, match=r"samples\.seed 0, this one has 1"):
         optimize_steps(mixtures.ring(), [3], budget=90, output=tmp_path / "search", seed=1, **how)
 
 
@@ -371,14 +372,58 @@ def test_bad_arguments_are_refused_before_anything_runs(arguments: dict[str, Any
 
 @pytest.mark.parametrize("family", ["dit", "pixart-alpha", "sd3", "flux", "wan"])
 def test_a_layer_that_is_left_out_is_as_if_it_were_not_there(family: str) -> None:
-    pipe = build(family, None)
-    stacks = [s for s in pipe.transformer.children() if isinstance(s, torch.nn.ModuleList) and s[0] is layers(pipe)[0]]
-    before = run(pipe)
+    pipe = build(family, stock_of(family))
+    (stack, *_) = [
+        s for s in pipe.transformer.children() if isinstance(s, torch.nn.ModuleList) and s[0] in layers(pipe)
+    ]
+    last, before = len(stack) - 1, run(pipe)
     with flowkit.attach(pipe, SkippedLayers([[], [], [], []])):
         assert torch.equal(run(pipe), before)
-    with flowkit.attach(pipe, SkippedLayers([[0], [0], [0], [0]])):
+    with flowkit.attach(pipe, SkippedLayers([[last]] * 4)):
         skipped = run(pipe)
-    assert not torch.equal(skipped, before)
+        assert torch.equal(run(pipe), skipped)
+    with flowkit.attach(pipe, SkippedLayers([[], [last], [], []])):
+        once = run(pipe)
+    assert not torch.equal(once, before)
+    assert not torch.equal(once, skipped)
     assert torch.equal(run(pipe), before)
-    stacks[0].pop(0)
-    assert torch.equal(run(pipe), skipped)
+    layer = stack.pop(last)
+    try:
+        assert torch.equal(run(pipe), skipped)
+    finally:
+        stack.append(layer)  # pipelines share their networks
+
+
+def test_what_is_skipped_at_each_step_is_searched() -> None:
+    pipe = build("pixart-alpha", stock_of("pixart-alpha"))
+    depth = len(layers(pipe))
+    how: dict[str, Any] = {"anchors": 6, "samples": 3, "batch_size": 3, "progress": False, "method": "evolve"}
+    call = PIPELINES["pixart-alpha"].call | {"guidance_scale": 1.0, "output_type": "latent"}
+    found = optimize_steps(pipe, [3], skip=1 / 3, budget=30, inputs=call, **how)[3]
+    assert sum(map(len, found.about["skipped"])) == round(depth)
+    assert len({str(entry["skipped"]) for entry in found.about["ranking"]}) > 1
+    runs = Runs(pipe, inputs=call, batch_size=3)
+    fine = fine_solution(runs, runs.anchors(6), range(6, 9))
+    with flowkit.attach(pipe, *flowkit.distill.parts(found)):
+        assert rmse(runs.errors(found, fine)).value == pytest.approx(found.about["rmse"])
+    assert rmse(runs.errors(found, fine)).value < found.about["rmse"]  # all layers are nearer
+    with pytest.raises(ValueError, match=f"skip=0.01 of 3 times {depth} layers is less than one; give at least"):
+        optimize_steps(pipe, [3], skip=0.01, inputs=call, **how)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], "there are no evaluations"),
+        ([[-1]], "whole numbers from 0, got -1"),
+        ([[0.5]], "whole numbers from 0, got 0.5"),
+        ([[9], []], "layer 9 is to be left out, and PixArtAlphaPipeline has"),
+        ([[0], []], "in runs of 2 evaluations, this one has 4"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(table: Any, message: str) -> None:
+    pipe = build("pixart-alpha", stock_of("pixart-alpha"))
+    before = run(pipe)
+    with pytest.raises((ValueError, TypeError), match=message), flowkit.attach(pipe, SkippedLayers(table)):
+        run(pipe)
+    assert torch.equal(run(pipe), before)
