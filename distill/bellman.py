@@ -116,10 +116,10 @@ def optimize_steps(
         progress: show bars with the time left.
 
     Returns:
-        K -> grid, made for the solver. ``about`` holds the summed cost and that of the uniform grid, each with its standard error;
-        how often resampled trajectories choose the same local path; for "final" the error on the search noise beside that of the
-        uniform grid, which is not smaller; on held-out noise the root mean squared error per element, and the gain over the uniform
-        grid with its paired standard error; and the settings.
+        K -> grid, made for the solver. ``about`` holds the summed cost and that of the uniform grid, whose anchors are evenly
+        spaced, each with its standard error; how often resampled trajectories choose the same local path; for "final" the error on
+        the search noise beside that of the uniform grid, which is not smaller; on held-out noise the root mean squared error per
+        element, and the gain over the uniform grid with its paired standard error; and the settings.
 
         Of "evolve" it holds instead the best genomes with their figures on fresh noise, "ranking", each with its standard error,
         the returned one first; the grids that the search began with, "seeds" (uniform, Karras, Bellman), none of which ranks

@@ -64,7 +64,8 @@ class StepErrors:
         for j, (rows, raw) in enumerate(zip(self.rows, outputs, strict=True)):
             x, raw = wide[j], raw.double()
             if plan.limit:
-                x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, rows[0].s, x, raw, keep_eps=True)
+                keep = plan.method.gauge != "x0"
+                x, raw = clipping.apply(plan.limit, plan.path, plan.prediction, rows[0].s, x, raw, keep_eps=keep)
             for k, row in enumerate(rows, j + 1):
                 errors[:, j, k] = (table.step(row, x, raw)[0] - wide[k]).flatten(1).square().sum(1)
         return errors

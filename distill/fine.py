@@ -36,10 +36,12 @@ class Fine:
     Attributes:
         samples: their indices: the noise.
         ends: their last states, (len(samples), ...).
+        level: where that is, in the convention of grids.
     """
 
     samples: range
     ends: Tensor
+    level: float = 0.0
 
 
 class Runs:
@@ -173,8 +175,12 @@ class Runs:
             float64 (len(fine.samples),).
 
         Raises:
-            ValueError: for a grid of another path or prediction type, or results that are not finite.
+            ValueError: for a grid of another path or prediction type, or that ends at another level than the fine solution, and
+                for results that are not finite.
         """
+        if grid.sigmas[-1] != fine.level:
+            raise ValueError(f"the grid ends at sigma {grid.sigmas[-1]:g}, the fine solution at {fine.level:g}, so their last "
+                             "samples do not compare; end the grid there")  # fmt: skip
         found = []
         for block, states in self.ends(grid, fine.samples, on_step):
             wanted = fine.ends[block.start - fine.samples.start : block.stop - fine.samples.start]
@@ -193,9 +199,6 @@ class Runs:
     def blocks(self, samples: range) -> list[range]:
         """Returns the batches that samples are drawn in."""
         return blocks(self.pipe, len(samples), inputs=self.inputs, batch_size=self.batch_size, start=samples.start)
-
-    def _use(self, grid: Grid) -> None:
-        self.scheduler.set_grid(grid)
 
     def _draw(self, grid: Grid, samples: range) -> Iterator[range]:
         """Calls the pipeline for one batch after the other; images are not decoded where that costs another network."""
@@ -247,19 +250,21 @@ def fine_solution(
             tensors, _ = weights.read(file)
             display.advance(task, total * len(block))
         else:
-            ((_, states, outputs),) = runs.trajectories(grid, block, lambda rows: display.advance(task, rows))
-            tensors = {"ends": states[-1]}
-            if step_errors is not None:
+            if step_errors is None:
+                ((_, ends),) = runs.ends(grid, block, lambda rows: display.advance(task, rows))
+                tensors = {"ends": ends}
+            else:
+                ((_, states, outputs),) = runs.trajectories(grid, block, lambda rows: display.advance(task, rows))
                 own = Costs(grid, len(samples))
                 own.add(step_errors(states, outputs), block.start)
-                tensors |= {"sums": own.sums, "counts": own.counts}
+                tensors = {"ends": states[-1], "sums": own.sums, "counts": own.counts}
             if file is not None:
                 weights.write(file, tensors)
         found.append(tensors["ends"])
         if costs is not None:
             costs.sums += tensors["sums"]
             costs.counts += tensors["counts"]
-    return Fine(samples, torch.cat(found))
+    return Fine(samples, torch.cat(found), grid.sigmas[-1])
 
 
 def coarse(anchors: Grid, path: Sequence[int]) -> Grid:

@@ -7,6 +7,7 @@ chord to the next level instead of the tangent. The student learns
 
 k even over the K steps, the states those of the trajectory. That is for velocities on the flow path. On any path and for any
 prediction u_k is the output whose one first-order step, ``x' = a x + b u``, ends at x_{tau_{k+1}}; on the flow path they are equal.
+Limits on x0_hat (clip_sample) are no part of that step.
 A student is made for its grid: with other steps it is worse than its teacher.
 """
 

@@ -180,7 +180,8 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, kind: Kind
     for torn in folder.rglob(".*"):
         if kind.torn.fullmatch(torn.name):
             torn.unlink()
-    shutil.rmtree(folder / "chunks", ignore_errors=True)
+    if kind is EVALUATION:
+        shutil.rmtree(folder / "chunks", ignore_errors=True)
 
 
 class NoRoomError(OSError):

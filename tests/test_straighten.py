@@ -126,8 +126,8 @@ class Student(nn.Module):
 def test_training_on_chords_lowers_the_error_of_few_steps(tmp_path: Path) -> None:
     pipe = mixtures.ring()
     grid = optimize_steps(pipe, [3], anchors=30, samples=200, held_out=0, budget=60, batch_size=200, **QUIET)[3]
-    data = record(pipe, tmp_path, 1200, 30, batch_size=400, **QUIET)
-    train, test = Chords(data, grid).split(1 / 6)
+    data = record(pipe, tmp_path, 900, 30, batch_size=300, **QUIET)
+    train, test = Chords(data, grid).split(1 / 3)
     torch.manual_seed(0)
     student = Student(pipe.unet, train.times)
     optimizer = torch.optim.Adam(student.nets.parameters(), 3e-3)
@@ -140,7 +140,7 @@ def test_training_on_chords_lowers_the_error_of_few_steps(tmp_path: Path) -> Non
 
     before = error()
     (batch,) = DataLoader(train, len(train), collate_fn=collate)
-    for _ in range(150):
+    for _ in range(120):
         optimizer.zero_grad()
         loss(student, batch["x"], batch["time"], batch["target"]).backward()
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flowkit import Grid, RectifiedFlowScheduler, load_demo, optimize_steps, rng, table
+from flowkit import (
+    ClassConditionalPipeline,
+    Grid,
+    MixtureDenoiser,
+    RectifiedFlowScheduler,
+    load_demo,
+    optimize_steps,
+    rng,
+    table,
+)
 from flowkit.distill import Trajectories, fine, record
 from flowkit.distill.costs import Costs
 from flowkit.distill.fine import RECORD
@@ -58,6 +68,17 @@ def test_what_is_recorded_is_the_solvers_own_walk(tmp_path: Path, make: Any, sol
             noise = rng.normal(shape, [seed], step=k, dtype=torch.float64) if row.c else None
             x, history = table.step(row, x, raw, history, noise)
         assert torch.allclose(item["states"][-1], x[0], atol=1e-4)
+
+
+def test_noise_of_unbounded_paths_is_scaled(tmp_path: Path) -> None:
+    network = MixtureDenoiser.of(torch.ones(1, 1, 2, 2), 0.3, path="edm")
+    pipe = ClassConditionalPipeline(
+        network, RectifiedFlowScheduler(path="edm", prediction_type="epsilon", solver="euler")
+    )
+    data = record(pipe, tmp_path, 4, 5, **QUIET)
+    assert (data._shard(0).noise, data._shard(0).scale) == ("keyed", 80.0)
+    assert 20 < float(data[3]["states"][0].abs().mean()) < 200
+    assert data.scheduler().path.name == "edm"
 
 
 def test_steps_inside_a_step_are_not_levels(tmp_path: Path) -> None:
@@ -132,12 +153,15 @@ def test_costs_of_recorded_trajectories_are_those_of_a_search(tmp_path: Path) ->
         recorded_costs(part)
 
 
-def test_a_loader_reads_batches_in_other_processes(tmp_path: Path) -> None:
+def test_a_loader_reads_batches(tmp_path: Path) -> None:
     data = record(load_demo(), tmp_path, 10, 2, inputs=range(10), batch_size=4, progress=False)
-    batches = list(DataLoader(data, 4, num_workers=1, multiprocessing_context="spawn"))
+    batches = list(DataLoader(data, 4))
     assert [len(b["states"]) for b in batches] == [4, 4, 2]
     assert torch.cat([b["inputs"]["class_labels"] for b in batches]).tolist() == list(range(10))
     assert torch.equal(batches[1]["states"][2], data[6]["states"])
+    sent = pickle.dumps(data)  # to a worker, with files mapped
+    assert len(sent) < 5000
+    assert torch.equal(pickle.loads(sent)[6]["states"], data[6]["states"])
     with pytest.raises(IndexError, match="sample 10 is not one of 10"):
         data[10]
 
@@ -173,7 +197,7 @@ torch.set_num_threads(1)
 draw = random.Random(0)
 pipe = flowkit.load_demo()
 def run(name):
-    record(pipe, sys.argv[1] + name, 120, 4, inputs=range(10), batch_size=2, progress=False)
+    record(pipe, sys.argv[1] + name, 80, 4, inputs=range(10), batch_size=2, progress=False)
 def fork(name, seconds=None):
     began, pid = time.monotonic(), os.fork()
     if pid == 0:
@@ -185,19 +209,19 @@ def fork(name, seconds=None):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - began
 run("warm")
 needed = fork("whole")[1]
-for number in range(6):
+for number in range(4):
     print(fork("killed", draw.uniform(0, needed / 3))[0])
 print(fork("killed")[0])
 """
 
 
-def test_killed_at_six_moments(tmp_path: Path) -> None:
+def test_killed_at_four_moments(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLER, f"{tmp_path}/"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
-    assert out.count("-9") >= 3
+    assert out.count("-9") >= 2
     assert out[-1] == "0"
-    assert len(contents(tmp_path / "whole")) == 6  # four shards, settings and index
+    assert len(contents(tmp_path / "whole")) == 5  # three shards, settings and index
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -378,6 +402,19 @@ def test_ranks_share_the_shards(whole: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "shard-000001.safetensors").read_bytes() == (
         whole / "shard-000001.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_same_bytes_as_one(whole: Path, tmp_path: Path) -> None:
+    script = "from flowkit import load_demo; from flowkit.distill import record; import sys; "
+    script += "record(load_demo(), sys.argv[1], 40, 4, inputs=range(10), batch_size=2, progress=False)"
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path / "run")], env=env, check=True, capture_output=True
+    )
+    assert contents(tmp_path / "run") == contents(whole)
 
 
 @pytest.mark.parametrize(
