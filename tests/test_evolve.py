@@ -398,17 +398,20 @@ def test_what_is_skipped_at_each_step_is_searched() -> None:
     pipe = build("pixart-alpha", stock_of("pixart-alpha"))
     depth = len(layers(pipe))
     how: dict[str, Any] = {"anchors": 6, "samples": 3, "batch_size": 3, "progress": False, "method": "evolve"}
-    call = PIPELINES["pixart-alpha"].call | {"guidance_scale": 1.0, "output_type": "latent"}
-    found = optimize_steps(pipe, [3], skip=1 / 3, budget=30, inputs=call, **how)[3]
+    given = PIPELINES["pixart-alpha"].call | {"guidance_scale": 1.0}
+    inputs = {name: value[0] for name, value in given.items() if isinstance(value, torch.Tensor)}
+    call = {name: value for name, value in given.items() if name not in inputs}
+    how |= {"inputs": inputs, "call": call}
+    found = optimize_steps(pipe, [3], skip=1 / 3, budget=30, **how)[3]
     assert sum(map(len, found.about["skipped"])) == round(depth)
     assert len({str(entry["skipped"]) for entry in found.about["ranking"]}) > 1
-    runs = Runs(pipe, inputs=call, batch_size=3)
+    runs = Runs(pipe, inputs=inputs, call=call, batch_size=3)
     fine = fine_solution(runs, runs.anchors(6), range(6, 9))
     with flowkit.attach(pipe, *flowkit.distill.parts(found)):
         assert rmse(runs.errors(found, fine)).value == pytest.approx(found.about["rmse"])
     assert rmse(runs.errors(found, fine)).value < found.about["rmse"]  # all layers are nearer
     with pytest.raises(ValueError, match=f"skip=0.01 of 3 times {depth} layers is less than one; give at least"):
-        optimize_steps(pipe, [3], skip=0.01, inputs=call, **how)
+        optimize_steps(pipe, [3], skip=0.01, **how)
 
 
 @pytest.mark.parametrize(
