@@ -26,6 +26,7 @@ from flowkit.distill.evolution import Evolution
 from flowkit.distill.fine import Runs, coarse, fine_solution, rmse
 from flowkit.distill.genome import Genome, Space
 from flowkit.distill.shortest import shortest_paths, uniform_path
+from flowkit.eval.sources import count_rows
 from flowkit.eval.sweep.storage import open_storage, storage_url
 from flowkit.hooks import SkippedLayers
 from flowkit.hooks.skip import layers
@@ -215,7 +216,7 @@ def worker(url: str, trials: int, pause: float = 0.0) -> subprocess.Popen[str]:
 def test_a_search_that_was_killed_ends_the_same(tmp_path: Path, kills: tuple[int, ...]) -> None:
     url, costs, space = storage_url(None, tmp_path), random_costs(0, 16), Space(16, 4)
     for after in kills:  # three in the first generation, or later
-        dying = worker(url, 40, pause=0.01)
+        dying = worker(url, 18, pause=0.01)
         assert dying.stdout is not None
         for _ in range(after):
             dying.stdout.readline()
@@ -223,7 +224,7 @@ def test_a_search_that_was_killed_ends_the_same(tmp_path: Path, kills: tuple[int
         dying.wait()
     stopped, whole = Evolution(space, 0, open_storage(url, 30)), Evolution(space, 0)
     for search in (stopped, whole):
-        search.run([space.plain(uniform_path(16, 4))], additive(costs), 40)
+        search.run([space.plain(uniform_path(16, 4))], additive(costs), 18)
     assert stopped.found == whole.found
     assert stopped.once("a", lambda: [1.0]) == stopped.once("a", lambda: [2.0]) == [1.0]
 
@@ -302,12 +303,13 @@ def test_a_scale_of_its_own_for_each_step(solver: str) -> None:
 
 
 def test_by_frechet_distance_in_any_extractor() -> None:
-    how: dict[str, Any] = {**QUICK, "inputs": range(10), "objective": "fid", "anchors": 10, "samples": 40, "budget": 12}
+    how: dict[str, Any] = {**QUICK, "inputs": range(10), "objective": "fid", "anchors": 10, "samples": 40, "budget": 10}
     pipe = load_demo()
     grid = optimize_steps(pipe, [2], reference="digits", **how)[2]
     assert grid.about["extractor"]["name"] == "classifier"
     assert grid.about["ranking"][0]["fid"] <= min(entry["fid"] for entry in grid.about["ranking"])
-    other = optimize_steps(pipe, [2], reference="digits", extractor="pixels", held_out=0, **how)[2]
+    less = how | {"samples": 20, "budget": 6, "held_out": 0}
+    other = optimize_steps(pipe, [2], reference="digits", extractor="pixels", **less)[2]
     assert other.about["extractor"]["name"] == "pixels"
     assert "fid_se" not in other.about
     # The figure is that of `evaluate` on the images of the pipeline with the grid.
@@ -323,13 +325,17 @@ def test_by_frechet_distance_in_any_extractor() -> None:
 
 def test_a_search_goes_on_in_its_folder(tmp_path: Path) -> None:
     how: dict[str, Any] = {**QUICK, "anchors": 12, "samples": 10, "held_out": 6}
-    whole = optimize_steps(mixtures.ring(), [2, 3], budget=60, output=tmp_path / "search", **how)
-    assert whole == optimize_steps(mixtures.ring(), [2, 3], budget=60, **how)
-    assert whole == optimize_steps(mixtures.ring(), [2, 3], budget=60, output=tmp_path / "search", **how)
+    whole = optimize_steps(mixtures.ring(), [3], budget=36, output=tmp_path / "search", **how)
+    assert whole == optimize_steps(mixtures.ring(), [3], budget=36, **how)
+    with count_rows(pipe := mixtures.ring()) as rows:
+        assert whole == optimize_steps(pipe, [3], budget=36, output=tmp_path / "search", **how)
+        assert rows() == 6 * 3 * len(
+            {tuple(seed["indices"]) for seed in (whole[3].about, *whole[3].about["seeds"].values())}
+        )
     assert Grid.load(tmp_path / "search" / "grid-3.json") == whole[3]
-    longer = optimize_steps(mixtures.ring(), [3], budget=90, output=tmp_path / "search", **how)[3]
-    assert longer == optimize_steps(mixtures.ring(), [3], budget=90, **how)[3]
-    assert (whole[3].about["trials"], longer.about["trials"]) == (20, 30)
+    longer = optimize_steps(mixtures.ring(), [3], budget=45, output=tmp_path / "search", **how)[3]
+    assert longer == optimize_steps(mixtures.ring(), [3], budget=45, **how)[3]
+    assert (whole[3].about["trials"], longer.about["trials"]) == (12, 15)
     with pytest.raises(ValueError, match=r"study 'search-3' is of another search: forbidden"):
         optimize_steps(mixtures.ring(), [3], budget=90, output=tmp_path / "search", forbidden=[4], **how)
     with pytest.raises(ValueError, match="holds a search of steps already; pass resume=True"):
@@ -365,6 +371,15 @@ def test_bad_arguments_are_refused_before_anything_runs(arguments: dict[str, Any
     pipe.unet.forward = None
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         optimize_steps(pipe, **{"steps": [2], "inputs": [1], "method": "evolve", "progress": False, **arguments})
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ("flowkit.distill.evolve", "flowkit.distill.evolution", "flowkit.distill.genome")
+    for name in [name for name in sys.modules if name in ours or name.partition(".")[0] == "optuna"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r'needs optuna: pip install "flowkit-diffusion\[sweep\]"'):
+        optimize_steps(load_demo(), [2], inputs=[1], method="evolve")
 
 
 # ------------------------------------------------------------------------------------------------- skipped layers
