@@ -58,7 +58,7 @@ class Evolution:
         settings: what the errors depend on, values of JSON; a study of that name with others is refused.
 
     Raises:
-        ValueError: for such a study, or one that the worker that made it left without settings.
+        ValueError: for such a study.
     """
 
     def __init__(

@@ -131,14 +131,15 @@ def evolve(
         tasks[k] = _task(runs, grid, space, scale, skip, budget)
     shared = {"method": "evolve", "objective": objective, "prediction_type": runs.prediction, "anchors": anchors}
     shared |= {"samples": samples, "seed": seed, "call": describe(runs.call), **measure.describe()}
+    described = settings(runs, anchors, samples)
     if output is not None:
-        folders.open_run(output, settings(runs, anchors, samples), resume, SEARCH)
+        folders.open_run(output, described, resume, SEARCH)
     url = storage_url(storage, output or Path()) if storage or output else None
     with reachable(url) if url else nullcontext(), bar(progress) as display:
         database = open_storage(url, _HEARTBEAT) if url else None
         if progress:
             _announce(tasks, anchors, runs.evaluations(grid), samples, held_out, objective, display)
-        fine = _portable(settings(runs, anchors, samples))
+        fine = _portable(described)
         costs = Costs(grid, measure.trajectories, shared)
         searches = {}
         for k, task in tasks.items():  # a study of another search is refused before anything runs

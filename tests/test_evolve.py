@@ -413,7 +413,7 @@ def test_what_is_skipped_at_each_step_is_searched() -> None:
     pipe = build("pixart-alpha", stock_of("pixart-alpha"))
     depth = len(layers(pipe))
     how: dict[str, Any] = {"anchors": 6, "samples": 3, "batch_size": 3, "progress": False, "method": "evolve"}
-    given = PIPELINES["pixart-alpha"].call | {"guidance_scale": 1.0}
+    given = {**PIPELINES["pixart-alpha"].call, "guidance_scale": 1.0}
     inputs = {name: value[0] for name, value in given.items() if isinstance(value, torch.Tensor)}
     call = {name: value for name, value in given.items() if name not in inputs}
     how |= {"inputs": inputs, "call": call}
