@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 from rich.progress import Progress
@@ -27,12 +27,14 @@ from flowkit.distill.shortest import Nodes, check_nodes, check_steps, nearest_pa
 from flowkit.eval import runs as folders
 from flowkit.eval.intervals import paired
 from flowkit.eval.provenance import describe
+from flowkit.eval.references import Extractor, Reference
 from flowkit.eval.sources import PipelineSource
 from flowkit.grids import Grid, named
+from flowkit.paths import Path
 from flowkit.pipelines.sampling import Inputs
 from flowkit.progress import bar
 
-METHODS, OBJECTIVES = ("bellman",), ("final", "local")
+METHODS, OBJECTIVES = ("bellman", "evolve"), ("final", "local")
 _STARTS = 3  # local, uniform, Karras
 COSTS, ERRORS = "costs.safetensors", "errors.json"
 SEARCH = folders.Kind(
@@ -60,6 +62,11 @@ def optimize_steps(
     forced: Iterable[int] = (),
     seed: int = 0,
     batch_size: int = 64,
+    reference: Reference = None,
+    extractor: Extractor | None = None,
+    scales: Iterable[float] = (),
+    skip: float = 0.0,
+    storage: str | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -73,23 +80,35 @@ def optimize_steps(
     Args:
         pipe: any diffusers pipeline, on any path; it is left as it was.
         steps: numbers of steps K wanted, each from 1 to ``anchors``; all come from one fine run.
-        method: "bellman".
-        objective: "final", the error of the last sample to the fine solution; or "local", the paper's summed squared error of each
-            step by itself, without further runs. For solvers that look back or call the network within a step, "local" takes each
-            step for one of first order (see `flowkit.distill.costs.StepErrors`).
+        method: "bellman"; or "evolve", an evolutionary search (AutoDiffusion; Li et al. 2023, arXiv 2309.10438) by Optuna, see
+            `flowkit.distill.evolve`, which needs the extra "sweep".
+        objective: "final", the error of the last sample to the fine solution. Of "bellman" also "local", the paper's summed squared
+            error of each step by itself, without further runs; for solvers that look back or call the network within a step, it
+            takes each step for one of first order (see `flowkit.distill.costs.StepErrors`). Of "evolve" also "fid", the Frechet
+            distance of images to ``reference``.
         inputs: arguments of each sample, see `flowkit.pipelines.sampling.as_inputs`.
         call: arguments shared by all samples, such as ``dict(guidance_scale=5.0)``.
         solver: what will run on the grid, a deterministic one of `flowkit.solvers.SOLVERS`. None means that of the pipeline's
             scheduler if it is ours, and Euler if not.
         anchors: fine steps A, among whose A + 1 levels a grid chooses.
-        samples: number of trajectories, >= 2: the search noise.
+        samples: number of trajectories, >= 2: the search noise. Of "fid" the number of images of each trial; figures of few images
+            are biased upwards, so only equal numbers compare.
         held_out: number of further samples, none of the search's, on which the error and what is gained over even steps are
-            measured; 0 for none. None means as many as ``samples`` for "final", none for "local".
-        budget: network evaluations of each sample that "final" may spend on each number of steps, guidance not counted.
+            measured; 0 for none. None means as many as ``samples``, and none for "local".
+        budget: network evaluations of each sample that "final" and "fid" may spend on each number of steps, guidance not counted;
+            a layer that is skipped counts as run.
         forbidden: inner anchors that no grid may visit.
         forced: inner anchors that every grid must visit.
         seed: of the noise.
         batch_size: samples at a time; memory holds ``2 A + 1`` states of each.
+        reference: of "fid", one, as for `flowkit.eval.evaluate`: "digits" or "shapes", statistics, images.
+        extractor: of "fid", likewise; None means the reference's own.
+        scales: guidance scales that "evolve" chooses from at each step, beside the pipeline's own, which must be above 1; none:
+            that scale at all steps. A scale of 1 costs no unconditional evaluation.
+        skip: share of a run's layers that "evolve" leaves out, in [0, 1), others at each step, chosen to harm least. Only networks
+            that are stacks of residual transformer blocks have such layers; 0 runs all. More is cheaper, never better.
+        storage: of "evolve": URL of a database that several workers share, such as "postgresql://user@host/database", each called
+            with the same arguments and, where there is one, the same name of ``output``. None means SQLite in ``output``.
         output: folder of the search: the fine run in blocks, the cost matrix, every measured error and the grids. A search that was
             killed goes on there and ends the same; another number of steps, objective or budget needs no other fine run. None keeps
             nothing.
@@ -102,16 +121,38 @@ def optimize_steps(
         the search noise beside that of the uniform grid, which is not smaller; on held-out noise the root mean squared error per
         element, and the gain over the uniform grid with its paired standard error; and the settings.
 
+        Of "evolve" it holds instead the best genomes with their figures on fresh noise, "ranking", each with its standard error,
+        the returned one first; the grids that the search began with, "seeds" (uniform, Karras, Bellman), none of which ranks
+        before it, with what is gained over each on held-out noise and the paired standard error; and where they were searched the
+        guidance scale and the skipped layers of each network evaluation, which `flowkit.distill.parts` turns into what to attach::
+
+            pipe.scheduler.set_grid(grid)
+            with flowkit.attach(pipe, *flowkit.distill.parts(grid)): ...
+
     Raises:
-        OSError: for a folder that cannot be written.
+        ImportError: for "evolve" without its extra.
+        OSError: for a folder that cannot be written, or a database that cannot be reached.
         TypeError: for arguments that the pipeline does not take.
         ValueError: for a bad number, an unknown method or objective, a solver that draws noise, a scheduler that has no path of
-            ours, a pipeline that does not simply take ``anchors`` steps, or a folder with a search of other settings.
+            ours, a pipeline that does not simply take ``anchors`` steps, layers that cannot be skipped, scales without guidance, or
+            a folder or study with a search of other settings.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+    if method == "evolve":
+        return _evolve(
+            pipe, steps, objective=objective, reference=reference, extractor=extractor, scales=scales, skip=skip,
+            storage=storage, inputs=inputs, call=call, solver=solver, anchors=anchors, samples=samples, held_out=held_out,
+            budget=budget, forbidden=forbidden, forced=forced, seed=seed, batch_size=batch_size,
+            output=None if output is None else FilePath(output), resume=resume, progress=progress,
+        )  # fmt: skip
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r} of {method}; choose {', '.join(OBJECTIVES)}")
+    if given := [name for name, value in (("reference", reference), ("extractor", extractor), ("scales", tuple(scales)),
+                                          ("skip", skip), ("storage", storage)) if value]:  # fmt: skip
+        raise ValueError(
+            f"{', '.join(given)} cannot be given to the method {method!r}; leave it out, or pass method='evolve'"
+        )
     held_out = (samples if objective == "final" else 0) if held_out is None else held_out
     if anchors < 1 or samples < 2 or held_out < 0 or held_out == 1:
         raise ValueError(f"got anchors={anchors}, samples={samples}, held_out={held_out}; at least 1, 2 and 2 are needed (or "
@@ -126,9 +167,9 @@ def optimize_steps(
     if objective == "final" and (short := [k for k in wanted if trials[k] < _STARTS]):
         raise ValueError(f"budget={budget} is enough for {trials[short[0]]} runs of {short[0]} steps, and the search begins with "
                          f"{_STARTS}; give it some 100 times the steps")  # fmt: skip
-    folder = None if output is None else Path(output)
+    folder = None if output is None else FilePath(output)
     if folder is not None:
-        folders.open_run(folder, _settings(runs, anchors, samples), resume, SEARCH)
+        folders.open_run(folder, settings(runs, anchors, samples), resume, SEARCH)
     shared = {"method": method, "objective": objective, "prediction_type": runs.prediction, "anchors": anchors}
     shared |= {"samples": samples, "seed": seed, "call": describe(runs.call)}
     with bar(progress) as display:
@@ -165,6 +206,17 @@ def optimize_steps(
     return grids
 
 
+def _evolve(*args: Any, **kwargs: Any) -> dict[int, Grid]:  # noqa: ANN401
+    """`flowkit.distill.evolve.evolve`, whose extra may not be installed."""
+    try:
+        from flowkit.distill.evolve import evolve
+    except ImportError as error:
+        raise ImportError(
+            f'an evolutionary search needs {error.name}: pip install "flowkit-diffusion[sweep]"'
+        ) from error
+    return evolve(*args, **kwargs)
+
+
 def forecast(
     runs: Runs, steps: Iterable[int], anchors: int, samples: int, held_out: int, budget: int
 ) -> dict[str, int]:
@@ -199,11 +251,11 @@ def _final(
     trials: int,
     without: Sequence[int],
     through: Sequence[int],
-    folder: Path | None,
+    folder: FilePath | None,
     display: Progress,
 ) -> tuple[Nodes, dict[Nodes, float]]:
     """The path of the least error to the fine solution, and the error of every one that was measured."""
-    count, last, path = len(local) - 1, len(anchors), runs.scheduler.path
+    count = len(local) - 1
     task = display.add_task(f"trials of {count} steps", total=trials)
     file = None if folder is None else folder / ERRORS
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
@@ -217,12 +269,29 @@ def _final(
         display.advance(task)
         return known[name]
 
-    karras = [path.at_level(v) for v in named("karras", count, path).sigmas]
-    others = uniform_path(last, count), nearest_path([path.at_level(v) for v in anchors.sigmas], karras)
+    others = starts(anchors, runs.scheduler.path, count, without, through).values()
     search = Descent(error, trials, without, through)
-    best = search.best([local, *(p for p in others if set(through) <= set(p) and not set(without) & set(p))])
+    best = search.best([local, *others])
     display.update(task, total=len(search.found))
     return best, search.found
+
+
+def starts(anchors: Grid, path: Path, steps: int, without: Iterable[int], through: Iterable[int]) -> dict[str, Nodes]:
+    """Returns the paths nearest to the "uniform" and the "karras" grid, those that forbidden and forced anchors leave.
+
+    Args:
+        anchors: the fine grid.
+        path: of the pipeline.
+        steps: number of them, K.
+        without: forbidden anchors.
+        through: forced anchors.
+    """
+    karras = [path.at_level(v) for v in named("karras", steps, path).sigmas]
+    found = {
+        "uniform": uniform_path(len(anchors), steps),
+        "karras": nearest_path([path.at_level(v) for v in anchors.sigmas], karras),
+    }
+    return {name: nodes for name, nodes in found.items() if {*through} <= {*nodes} and not {*without} & {*nodes}}
 
 
 def _measured(runs: Runs, grid: Grid, uniform: Grid, fine: Fine, display: Progress) -> dict[str, Any]:
@@ -242,7 +311,7 @@ def _measured(runs: Runs, grid: Grid, uniform: Grid, fine: Fine, display: Progre
     }
 
 
-def _settings(runs: Runs, anchors: int, samples: int) -> dict[str, Any]:
+def settings(runs: Runs, anchors: int, samples: int) -> dict[str, Any]:
     """What the fine run depends on."""
     source = PipelineSource(runs.pipe, samples, runs.seed, runs.inputs, runs.call, runs.batch_size).describe()
     del source["pipeline"]["scheduler"]

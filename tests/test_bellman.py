@@ -389,7 +389,8 @@ def test_a_sample_that_is_changed_between_steps_is_noticed() -> None:
     [
         ({"steps": [101]}, "from 1 to 100"),
         ({"steps": []}, "steps must be a list"),
-        ({"method": "evolve"}, "unknown method 'evolve'; choose bellman"),
+        ({"method": "anneal"}, "unknown method 'anneal'; choose bellman, evolve"),
+        ({"scales": [2], "skip": 0.1}, "scales, skip cannot be given to the method 'bellman'"),
         ({"objective": "fid"}, "unknown objective 'fid' of bellman; choose final, local"),
         ({"held_out": 1}, "held_out=1"),
         ({"budget": 5}, "budget=5 is enough for 2 runs of 2 steps"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil  # type: ignore[import-untyped]
 import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 _SILENT = 4  # heartbeats missed before a worker is taken to be dead
@@ -51,7 +55,7 @@ def parsed(storage: str) -> sqlalchemy.URL:
         raise ValueError("storage is no URL; write postgresql://user@host/database, or leave it out") from error
 
 
-def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
+def open_storage(url: str, heartbeat: int) -> RDBStorage:
     """Opens a database, its tables made where they are missing.
 
     Args:
@@ -67,9 +71,7 @@ def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                storage = optuna.storages.RDBStorage(
-                    url, options, heartbeat_interval=heartbeat, grace_period=_SILENT * heartbeat
-                )
+                storage = RDBStorage(url, options, heartbeat_interval=heartbeat, grace_period=_SILENT * heartbeat)
             break
         except (
             sqlalchemy.exc.IntegrityError,
@@ -134,3 +136,61 @@ def died_here(worker: Mapping[str, Any] | None) -> bool:
         return bool(abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
+
+
+def take(storage: BaseStorage, trial_id: int) -> bool:
+    """Takes a waiting trial; tells whether it is this worker's now."""
+    if isinstance(storage, RDBStorage):
+        # First the heartbeat: a trial that never had one would not be missed.
+        storage.record_heartbeat(trial_id)
+    try:
+        return bool(storage.set_trial_state_values(trial_id, TrialState.RUNNING))
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return False
+
+
+@contextmanager
+def alive(storage: BaseStorage, trial_id: int) -> Iterator[None]:
+    """Shows the others that this worker lives while it has a trial."""
+    if not isinstance(storage, RDBStorage) or storage.heartbeat_interval is None:
+        yield
+        return
+    done, interval = threading.Event(), storage.heartbeat_interval
+
+    def beat() -> None:
+        while not done.wait(interval):
+            # A database that is away for a moment costs nothing but this beat.
+            try:
+                storage.record_heartbeat(trial_id)
+            except Exception as error:
+                logging.getLogger(__name__).warning("no heartbeat: %s", reason(error))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def bury_the_dead(study: optuna.Study, storage: BaseStorage, running: Iterable[FrozenTrial]) -> int:
+    """Closes trials whose workers died: those of this machine at once, others when their heartbeat is missing.
+
+    Args:
+        study: the study.
+        storage: its database.
+        running: its running trials.
+
+    Returns:
+        How many of the running ones were closed at once.
+    """
+    buried = 0
+    for trial in running:
+        if died_here(trial.user_attrs.get("worker")):
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                buried += storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+    return buried

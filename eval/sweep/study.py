@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +27,7 @@ from flowkit.eval.provenance import first_difference
 from flowkit.eval.sweep.axes import Range
 from flowkit.eval.sweep.cells import Cell
 from flowkit.eval.sweep.config import SweepConfig
-from flowkit.eval.sweep.storage import died_here, identity, open_storage, reachable, reason
+from flowkit.eval.sweep.storage import alive, bury_the_dead, identity, open_storage, reachable, take
 
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _PATIENCE = 60  # seconds to wait for the worker that has just made the study
@@ -145,22 +143,11 @@ class Study:
 
     def _current(self) -> dict[int, list[FrozenTrial]]:
         """Trials by slot, once the dead are buried and every slot that is to be done waits or has a worker."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self._study)
         while True:
             trials = self._trials()
-            if not (self._bury(trials) or self._fill(trials)):
+            running = [t for t in itertools.chain.from_iterable(trials.values()) if t.state == TrialState.RUNNING]
+            if not (bury_the_dead(self._study, self._storage, running) or self._fill(trials)):
                 return trials
-
-    def _bury(self, trials: Mapping[int, Sequence[FrozenTrial]]) -> int:
-        """Closes at once the trials whose workers died on this machine; returns how many."""
-        buried = 0
-        for trial in itertools.chain.from_iterable(trials.values()):
-            if trial.state == TrialState.RUNNING and died_here(trial.user_attrs.get("worker")):
-                with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    buried += self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        return buried
 
     def _fill(self, trials: Mapping[int, Sequence[FrozenTrial]]) -> int:
         """Puts a waiting trial where a slot has none that is open or done; returns how many."""
@@ -208,12 +195,7 @@ class Study:
             trials = self._current()
             waiting = [t for slot in range(self.slots) for t in trials[slot] if t.state == TrialState.WAITING]
             for trial in sorted(waiting, key=lambda trial: trial.number):
-                # First the heartbeat: a trial that never had one would not be missed.
-                self._storage.record_heartbeat(trial._trial_id)
-                try:
-                    if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                        continue
-                except optuna.exceptions.UpdateFinishedTrialError:
+                if not take(self._storage, trial._trial_id):
                     continue
                 slot = trial.user_attrs["slot"]
                 if self._cells is None:
@@ -251,23 +233,8 @@ class Study:
     @contextmanager
     def alive(self, claim: Claim) -> Iterator[None]:
         """Shows the others that this worker lives while it measures."""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(self.config.heartbeat):
-                # A database that is away for a moment costs nothing but this beat.
-                try:
-                    self._storage.record_heartbeat(claim.trial._trial_id)
-                except Exception as error:
-                    logging.getLogger(__name__).warning("no heartbeat: %s", reason(error))
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with alive(self._storage, claim.trial._trial_id):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def finish(self, claim: Claim, values: Sequence[float], result: Mapping[str, Any]) -> bool:
         """Writes a cell's figures.
@@ -299,9 +266,8 @@ class Study:
                     claim.trial.set_user_attr(name, value)
                 self._study.tell(claim.trial, values, state, skip_if_finished=True)
             except optuna.exceptions.UpdateFinishedTrialError:
-                return (
-                    False  # it was taken for dead, and another worker has the slot: it will find the work in the folder
-                )
+                # It was taken for dead, and another worker has the slot, who will find the work in the folder.
+                return False
         return True
 
     def retry_failed(self) -> int:

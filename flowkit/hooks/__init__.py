@@ -10,3 +10,4 @@ from flowkit.hooks.parts import Part as Part
 from flowkit.hooks.record import DenoiserCall as DenoiserCall
 from flowkit.hooks.record import Recorder as Recorder
 from flowkit.hooks.record import Trajectory as Trajectory
+from flowkit.hooks.skip import SkippedLayers as SkippedLayers

@@ -115,6 +115,8 @@ class Engine:
         """Takes parts away."""
         for kept in (self.parts, self.late):
             kept[:] = [part for part in kept if not any(part is own for own in parts)]
+        for part in parts:
+            part.end()
 
     def _follow(self) -> None:
         """Hooks the pipeline's scheduler, which may have been swapped since."""

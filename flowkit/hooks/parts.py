@@ -178,6 +178,9 @@ class Part:
         """Called with the next sample; what it returns takes its place, None leaves it."""
         return None
 
+    def end(self) -> None:
+        """Called when it is detached."""
+
 
 class Guidance(Part, ABC):
     """A guidance method: two pure functions.
