@@ -207,7 +207,7 @@ class _Job:
                 if torch.equal(initial(kind, self.shape, self.dtype, seeds, self.scale), first):
                     noise, noise_sha256, states = kind, digest(first), states[:, 1:].contiguous()
                     break
-        return Shard(states, outputs, noise, self.scale, inputs, digest(states, outputs), noise_sha256)
+        return Shard(states, outputs, noise, self.scale, inputs, noise_sha256)
 
     def finish(self) -> None:
         """Writes the index of a complete recording."""
