@@ -250,6 +250,19 @@ class Trajectories(Dataset[dict[str, Any]]):
         scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(config)
         return scheduler
 
+    def check_deterministic(self) -> None:
+        """Refuses trajectories whose steps drew noise, so that no step leads from one state to the next.
+
+        Raises:
+            ValueError: for a stochastic solver, or eta.
+        """
+        scheduler = self.scheduler()
+        scheduler.set_grid(self.grid)
+        rows = scheduler.plan(len(self.grid), None, None, None).rows()
+        if self.settings["samples"]["call"].get("eta") or any(row.c for row in rows):
+            raise ValueError(f"the trajectories in {self.folder} drew noise at every step (solver {self.grid.solver!r}); record "
+                             "some with solver='euler' and no eta")  # fmt: skip
+
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: not the mapped files."""
         return {**self.__dict__, "_maps": {}}

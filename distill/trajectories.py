@@ -114,8 +114,9 @@ def recorded_costs(trajectories: Trajectories, batch_size: int = 64) -> Costs:
         batch_size: samples at a time.
 
     Raises:
-        ValueError: where less was recorded.
+        ValueError: where less was recorded, or a solver that draws noise.
     """
+    trajectories.check_deterministic()
     grid, count = trajectories.grid, len(trajectories)
     if len(trajectories.at) <= len(grid) or len(trajectories.outputs_at) < len(grid) or count < 2:
         raise ValueError(f"costs need states and outputs at all {len(grid) + 1} levels of two samples or more; "

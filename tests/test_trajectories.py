@@ -152,6 +152,9 @@ def test_costs_of_recorded_trajectories_are_those_of_a_search(tmp_path: Path) ->
     part = record(mixtures.planes(), tmp_path / "part", 7, 9, at=[0, 3, 9], **QUIET)
     with pytest.raises(ValueError, match="holds states at 3 and outputs at 2 of 7 samples"):
         recorded_costs(part)
+    noisy = record(mixtures.planes(), tmp_path / "noisy", 2, 4, solver="sde-dpm++2m", **QUIET)
+    with pytest.raises(ValueError, match="drew noise at every step"):
+        recorded_costs(noisy)
 
 
 def test_a_loader_reads_batches(tmp_path: Path) -> None:
