@@ -219,6 +219,7 @@ print(fork("killed")[0])
 """
 
 
+@pytest.mark.slow
 def test_killed_at_four_moments(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLER, f"{tmp_path}/"]
