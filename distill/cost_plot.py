@@ -64,5 +64,5 @@ def plot_costs(costs: Costs, paths: Mapping[str, Sequence[int]], file: str | os.
     figure.colorbar(image, label="cost (mean squared error, summed over elements)", shrink=0.8)
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(Path(file), bbox_inches="tight")
+        figure.savefig(Path(file), bbox_inches="tight")  # axes of equal scale: the layout alone cuts their label
     return figure

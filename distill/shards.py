@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,6 +37,7 @@ RECORDING = Kind(
     re.compile(r"\.(trajectories|index|shard-\d+)\.(json|safetensors)\.\w+"),
 )
 _OPEN = 64
+_AGAIN = "delete it and record again, then it alone is drawn anew"
 
 
 def initial(kind: str, shape: Sequence[int], dtype: torch.dtype, seeds: Sequence[int], scale: float) -> Tensor:
@@ -71,8 +72,8 @@ class Shard:
         noise: how the first state is made, see `initial`; "stored" where it is among the states, "none" where it is not kept.
         scale: of that noise.
         inputs: arguments of each sample.
-        sha256: of states and outputs.
         noise_sha256: of the noise that is made again.
+        sha256: of all that is above and the number of the shard, see `checksum`; empty before it is written.
     """
 
     states: Tensor
@@ -80,8 +81,8 @@ class Shard:
     noise: str
     scale: float
     inputs: Sequence[Mapping[str, Any]]
-    sha256: str
     noise_sha256: str
+    sha256: str = ""
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -95,6 +96,12 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         found.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def checksum(number: int, shard: Shard) -> str:
+    """Returns the SHA-256 of what a shard says: its number, its tensors, the arguments of its samples, how its noise is made."""
+    facts = json.dumps([number, shard.noise, repr(shard.scale), list(shard.inputs), shard.noise_sha256])
+    return hashlib.sha256((facts + digest(shard.states, shard.outputs)).encode()).hexdigest()
 
 
 def run_id(settings: Mapping[str, Any]) -> str:
@@ -115,7 +122,7 @@ def write_shard(folder: Path, number: int, run: str, shard: Shard) -> None:
         "noise_sha256": shard.noise_sha256,
         "scale": repr(shard.scale),
         "inputs": json.dumps(shard.inputs),
-        "sha256": shard.sha256,
+        "sha256": checksum(number, shard),
     }
     path = shard_file(folder, number)
     try:
@@ -144,19 +151,51 @@ def read_shard(folder: Path, number: int, run: str, verify: bool = True) -> Shar
         metadata = file.metadata() or {}
         if metadata.get("run") != run:
             raise ValueError(f"{path} belongs to another recording than {folder / RECORDING.settings}; move it away")
-        shard = Shard(
-            file.get_tensor("states"),
-            file.get_tensor("outputs"),
-            metadata["noise"],
-            float(metadata["scale"]),
-            json.loads(metadata["inputs"]),
-            metadata["sha256"],
-            metadata["noise_sha256"],
-        )
-    if verify and digest(shard.states, shard.outputs) != shard.sha256:
-        raise ValueError(f"the checksum of {path} is not the one it was written with: the file is damaged; delete it and record "
-                         "again, then it alone is drawn anew")  # fmt: skip
+        try:
+            shard = Shard(
+                file.get_tensor("states"),
+                file.get_tensor("outputs"),
+                metadata["noise"],
+                float(metadata["scale"]),
+                json.loads(metadata["inputs"]),
+                metadata["noise_sha256"],
+                metadata["sha256"],
+            )
+        except (KeyError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    if verify and checksum(number, shard) != shard.sha256:
+        raise ValueError(f"the checksum of {path} is not the one it was written with: the file is damaged; {_AGAIN}")
     return shard
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); record again into the same folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object; record again into the same folder")
+    return found
+
+
+def _firsts(path: Path, index: Mapping[str, Any], count: int) -> list[int]:
+    """The first sample of each shard, from an index that covers all samples in order."""
+    first, firsts = 0, list[int]()
+    try:
+        for entry in index["shards"]:
+            firsts.append(first)
+            if entry["first"] != first or entry["count"] < 1:
+                break
+            first += entry["count"]
+        else:
+            if first == index["count"] == count:
+                return firsts
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} does not list shards of {count} samples in order; record again, which draws nothing that is there"
+    )
 
 
 class Trajectories(Dataset[dict[str, Any]]):
@@ -187,8 +226,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         if not settings.is_file() or not index.is_file():
             raise FileNotFoundError(f"no complete recording in {folder}; record it, or go on with one that was stopped, with "
                                     "flowkit.distill.record")  # fmt: skip
-        self.settings = json.loads(settings.read_text(encoding="utf-8"))
-        found = json.loads(index.read_text(encoding="utf-8"))
+        self.settings, found = _read(settings), _read(index)
         if self.settings.get("format") != RECORDING.format:
             raise ValueError(f"{settings} is of the format {self.settings.get('format')!r}; record again")
         self.run = run_id(self.settings)
@@ -197,8 +235,8 @@ class Trajectories(Dataset[dict[str, Any]]):
         self.at = list(at) if "state" in keep else []
         self.outputs_at = [i for i in at if i < len(self.grid)] if "output" in keep else []
         self.shape, self.dtype = tuple(self.settings["shape"]), getattr(torch, self.settings["dtype"])
-        self.firsts = [entry["first"] for entry in found["shards"]]
-        self._count, self._seed = found["count"], self.settings["own_seed"]
+        self._count, self._seed = self.settings["samples"]["count"], self.settings["own_seed"]
+        self.firsts = _firsts(index, found, self._count)
         self._verify, self._verified = verify, set[int]()
         self._maps: dict[int, Shard] = {}
 
@@ -211,6 +249,19 @@ class Trajectories(Dataset[dict[str, Any]]):
         config = {**self.settings["scheduler"], "_class_name": RectifiedFlowScheduler.__name__}
         scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_config(config)
         return scheduler
+
+    def check_deterministic(self) -> None:
+        """Refuses trajectories whose steps drew noise, so that no step leads from one state to the next.
+
+        Raises:
+            ValueError: for a stochastic solver, or eta.
+        """
+        scheduler = self.scheduler()
+        scheduler.set_grid(self.grid)
+        rows = scheduler.plan(len(self.grid), None, None, None).rows()
+        if self.settings["samples"]["call"].get("eta") or any(row.c for row in rows):
+            raise ValueError(f"the trajectories in {self.folder} drew noise at every step (solver {self.grid.solver!r}); record "
+                             "some with solver='euler' and no eta")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: not the mapped files."""

@@ -120,7 +120,7 @@ def check_nodes(
     Raises:
         ValueError: for anchors that are not inner ones, that are both, or that leave no path of one of the numbers of steps.
     """
-    without, through = sorted(set(forbidden)), sorted(set(forced))
+    without, through = _numbers("forbidden", forbidden), _numbers("forced", forced)
     for name, given in (("forbidden", without), ("forced", through)):
         if wrong := [node for node in given if not 0 < node < anchors]:
             raise ValueError(f"{name} holds anchor {wrong[0]}; give anchors between the ends, from 1 to {anchors - 1}")
@@ -131,3 +131,11 @@ def check_nodes(
         raise ValueError(f"{wrong[0]} steps cannot visit {len(through)} forced anchors and avoid {len(without)} forbidden ones of "
                          f"{anchors}; ask for {least} to {most} steps")  # fmt: skip
     return without, through
+
+
+def _numbers(name: str, given: Iterable[int]) -> list[int]:
+    """Anchors in order."""
+    try:
+        return sorted({operator.index(node) for node in given})
+    except TypeError as error:
+        raise ValueError(f"{name} must be a list of anchors, whole numbers, got {given!r:.80}") from error

@@ -43,21 +43,22 @@ class Chords(Dataset[dict[str, Any]]):
         nodes: numbers of the recorded levels that the grid visits.
 
     Raises:
-        ValueError: for a grid of another path, with levels that were not recorded, or made for a solver that looks back; where a
-            network's output does not determine a step.
+        ValueError: for a grid of another path, with levels that were not recorded, or made for a solver that looks back or draws
+            noise; for trajectories that drew noise; where a network's output does not determine a step.
     """
 
     def __init__(self, trajectories: Trajectories, grid: Grid, samples: Sequence[int] | None = None) -> None:
         self.trajectories, self.grid = trajectories, grid
         self.samples = range(len(trajectories)) if samples is None else samples
         self.nodes = _nodes(trajectories, grid)
+        trajectories.check_deterministic()
         scheduler = trajectories.scheduler()
         scheduler.set_grid(None)
         path, prediction = scheduler.path, scheduler.prediction
         method = solvers.solver(grid.solver or "euler", path)
-        if not method.first_order:
-            raise ValueError(f"the grid was made for {method.name!r}, whose steps hang on those before them, so that a chord is no "
-                             "step of it; search one with solver='euler'")  # fmt: skip
+        if not method.first_order or method.noise:
+            raise ValueError(f"the grid was made for {method.name!r}, whose steps hang on those before or draw noise, so that a "
+                             "chord is no step of it; search one with solver='euler'")  # fmt: skip
         fine = trajectories.grid
         self.times = [
             fine.timesteps[i] if fine.timesteps else path.time(path.at_level(fine.sigmas[i])) for i in self.nodes[:-1]

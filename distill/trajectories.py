@@ -114,8 +114,9 @@ def recorded_costs(trajectories: Trajectories, batch_size: int = 64) -> Costs:
         batch_size: samples at a time.
 
     Raises:
-        ValueError: where less was recorded.
+        ValueError: where less was recorded, or a solver that draws noise.
     """
+    trajectories.check_deterministic()
     grid, count = trajectories.grid, len(trajectories)
     if len(trajectories.at) <= len(grid) or len(trajectories.outputs_at) < len(grid) or count < 2:
         raise ValueError(f"costs need states and outputs at all {len(grid) + 1} levels of two samples or more; "
@@ -207,7 +208,7 @@ class _Job:
                 if torch.equal(initial(kind, self.shape, self.dtype, seeds, self.scale), first):
                     noise, noise_sha256, states = kind, digest(first), states[:, 1:].contiguous()
                     break
-        return Shard(states, outputs, noise, self.scale, inputs, digest(states, outputs), noise_sha256)
+        return Shard(states, outputs, noise, self.scale, inputs, noise_sha256)
 
     def finish(self) -> None:
         """Writes the index of a complete recording."""

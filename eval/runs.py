@@ -179,7 +179,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], resume: bool, kind: Kind
         write_json(path, new)
     for torn in folder.rglob(".*"):
         if kind.torn.fullmatch(torn.name):
-            torn.unlink()
+            torn.unlink(missing_ok=True)
     if kind is EVALUATION:
         shutil.rmtree(folder / "chunks", ignore_errors=True)
 

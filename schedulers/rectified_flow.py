@@ -320,6 +320,9 @@ class RectifiedFlowScheduler(TableScheduler):
                              "one for it with flowkit.optimize_steps")  # fmt: skip
         if grid.solver and grid.solver != self.method.name:
             warnings.warn(f"the grid was made for solver {grid.solver!r}, this is {self.method.name!r}", stacklevel=3)
+        if grid.sigmas[-1] > 0:
+            warnings.warn(f"the grid ends at sigma {grid.sigmas[-1]:.4g}, so samples keep noise; end it with 0 unless that is meant",
+                          stacklevel=3)  # fmt: skip
 
     def plan(
         self,

@@ -398,6 +398,8 @@ def test_a_sample_that_is_changed_between_steps_is_noticed() -> None:
         ({"call": {"eta": 1.0}}, "takes no eta"),
         ({"forbidden": [100]}, "forbidden holds anchor 100"),
         ({"forced": [3, 7]}, "2 steps cannot visit 2 forced anchors"),
+        ({"forbidden": [1.5]}, r"forbidden must be a list of anchors, whole numbers, got \[1.5\]"),
+        ({"forced": 3}, "forced must be a list of anchors, whole numbers, got 3"),
         ({"anchors": 0}, "anchors=0"),
         ({"samples": 1}, "samples=1"),
         ({"batch_size": 0}, "batch_size=0"),

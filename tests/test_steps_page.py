@@ -30,7 +30,23 @@ def benchmark(*arguments: str) -> str:
 
 def test_the_page_shows_what_the_benchmark_prints() -> None:
     (shown,) = re.findall(r"<!-- printed by `python benchmarks/steps.py --table` -->\n((?:.*\n)*?)<!-- end -->", PAGE)
-    assert shown == benchmark("--table")
+    with script_module(ROOT / "benchmarks" / "steps.py") as steps:
+        assert shown == steps.tables(json.loads((ROOT / "benchmarks" / "steps.json").read_text()))
+
+
+@pytest.mark.slow
+def test_the_page_shows_a_loss_that_more_samples_take_away() -> None:
+    pattern = r"<!-- printed by `python benchmarks/steps.py --points` -->\n((?:.*\n)*?)<!-- end of points -->"
+    (shown,) = re.findall(pattern, PAGE)
+    tables = [re.findall(r"\| (\d+) \| \S+ \| (\S+) ± (\S+) \|", text) for text in (shown, benchmark("--points"))]
+    for table in tables:
+        assert [row[0] for row in table] == ["64", "256", "1024"]
+        few, *_, many = ((float(gain), float(error)) for _, gain, error in table)
+        assert few[0] < -2 * few[1]
+        assert abs(many[0]) < 2 * many[1]
+    # Rounding differs between machines.
+    for one, other in zip(*tables, strict=True):
+        assert float(one[1]) == pytest.approx(float(other[1]), abs=0.3)
 
 
 def test_its_file_holds_what_it_would_measure() -> None:

@@ -150,12 +150,15 @@ def test_training_on_chords_lowers_the_error_of_few_steps(tmp_path: Path) -> Non
 def test_grids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     data = record(mixtures.ring(), tmp_path / "all", 2, 4, **QUIET)
     few = record(mixtures.ring(), tmp_path / "few", 2, 4, at=[0, 2, 4], **QUIET)
+    noisy = record(mixtures.ring(), tmp_path / "noisy", 2, 4, solver="sde-dpm++2m", **QUIET)
     assert len(Chords(few, Grid.uniform(2))) == 4
     for found, grid, message in (
         (data, Grid((3.0, 1.0, 0.0), "vp"), "belongs to the path 'vp', the trajectories walk 'flow'"),
         (data, Grid((1.0, 0.3, 0.0)), "level 0.3 is not among the 5 recorded ones"),
         (few, Grid.uniform(4), "level 0.75 is not among the 3 recorded ones"),
         (data, Grid((1.0, 0.5, 0.0), solver="unipc"), "made for 'unipc', whose steps hang on those before"),
+        (data, Grid((1.0, 0.5, 0.0), solver="ancestral"), "made for 'ancestral', .* or draw noise"),
+        (noisy, Grid.uniform(2), "drew noise at every step .solver 'sde-dpm"),
     ):
         with pytest.raises(ValueError, match=message):
             Chords(found, grid)

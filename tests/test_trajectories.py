@@ -25,6 +25,7 @@ from flowkit import (
     optimize_steps,
     rng,
     table,
+    weights,
 )
 from flowkit.distill import Trajectories, fine, record
 from flowkit.distill.costs import Costs
@@ -151,6 +152,9 @@ def test_costs_of_recorded_trajectories_are_those_of_a_search(tmp_path: Path) ->
     part = record(mixtures.planes(), tmp_path / "part", 7, 9, at=[0, 3, 9], **QUIET)
     with pytest.raises(ValueError, match="holds states at 3 and outputs at 2 of 7 samples"):
         recorded_costs(part)
+    noisy = record(mixtures.planes(), tmp_path / "noisy", 2, 4, solver="sde-dpm++2m", **QUIET)
+    with pytest.raises(ValueError, match="drew noise at every step"):
+        recorded_costs(noisy)
 
 
 def test_a_loader_reads_batches(tmp_path: Path) -> None:
@@ -215,6 +219,7 @@ print(fork("killed")[0])
 """
 
 
+@pytest.mark.slow
 def test_killed_at_four_moments(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLER, f"{tmp_path}/"]
@@ -297,6 +302,62 @@ def test_a_shard_of_another_recording_is_refused(whole: Path, tmp_path: Path) ->
     shutil.copy(whole / "shard-000000.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"shard-000000.safetensors belongs to another recording"):
         Trajectories(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": json.dumps([{"class_labels": 9}] * 8)}, "the checksum of"),
+        ({"noise": "stored"}, "the checksum of"),
+        ({"scale": "2.0"}, "the checksum of"),
+        ({"scale": "x"}, "is damaged"),
+        ({"noise": None}, "is damaged"),
+    ],
+)
+def test_what_a_shard_says_is_under_its_checksum(
+    whole: Path, tmp_path: Path, change: dict[str, str | None], message: str
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    file = folder / "shard-000001.safetensors"
+    tensors, metadata = weights.read(file)
+    weights.write(file, tensors, metadata)
+    assert Trajectories(folder)[32]["inputs"] == {"class_labels": 2}
+    weights.write(file, tensors, {k: v for k, v in {**metadata, **change}.items() if v is not None})
+    with pytest.raises(ValueError, match=message):
+        Trajectories(folder)[32]
+
+
+def test_shards_in_one_anothers_place_are_noticed(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"batch_size": 1, "keep": ["output"], **QUIET}  # no noise that would tell
+    record(mixtures.gaussian(), tmp_path, 32, 1, **how)
+    one, other, aside = (tmp_path / f"{n}.safetensors" for n in ("shard-000000", "shard-000001", "aside"))
+    for source, target in ((one, aside), (other, one), (aside, other)):
+        source.rename(target)
+    with pytest.raises(ValueError, match="the checksum of"):
+        Trajectories(tmp_path)[0]
+    with pytest.raises(ValueError, match="the checksum of"):
+        record(mixtures.gaussian(), tmp_path, 32, 1, **how)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"count": 40, "shards": []}',
+        '{"count": 40, "shards": [{"first": 0, "count": 8}, {"first": 32, "count": 8}]}',
+        '{"count": 40, "shards": [{"first": "x", "count": 40}]}',
+        f'{{"count": {10**30}, "shards": [{{"first": 0, "count": {10**30}}}]}}',
+    ],
+)
+def test_an_index_that_does_not_list_the_samples_is_refused(whole: Path, tmp_path: Path, index: str) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index.json .*; record again"):
+        Trajectories(folder)
+    record(load_demo(), folder, 40, 4, inputs=range(10), batch_size=2, progress=False)
+    assert contents(folder) == contents(whole)
 
 
 def test_noise_that_comes_out_otherwise_is_noticed(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
