@@ -321,7 +321,7 @@ class RectifiedFlowScheduler(TableScheduler):
         if grid.solver and grid.solver != self.method.name:
             warnings.warn(f"the grid was made for solver {grid.solver!r}, this is {self.method.name!r}", stacklevel=3)
         if grid.sigmas[-1] > 0:
-            warnings.warn(f"the grid ends at sigma {grid.sigmas[-1]:.4g}, so samples keep noise; end it with 0 unless that is meant",
+            warnings.warn(f"the grid ends at sigma {grid.sigmas[-1]:.4g}: samples keep noise; end it with 0 unless that is meant",
                           stacklevel=3)  # fmt: skip
 
     def plan(

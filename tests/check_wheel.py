@@ -40,7 +40,8 @@ assert version("flowkit-diffusion") == flowkit.__version__
 for name in flowkit.__all__:
     getattr(flowkit, name)
 modules = [found.name for found in pkgutil.walk_packages(flowkit.__path__, "flowkit.")]
-extra = [name for name in modules if name.startswith(("flowkit.eval.sweep.", "flowkit.cli.sweeping", "flowkit.distill.evol", "flowkit.distill.genome"))]
+needs = ("flowkit.eval.sweep.", "flowkit.cli.sweeping", "flowkit.distill.evol", "flowkit.distill.genome")
+extra = [name for name in modules if name.startswith(needs)]
 assert extra
 for name in (name for name in modules if name not in extra):
     file = importlib.import_module(name).__file__

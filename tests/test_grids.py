@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from flowkit import paths
 from flowkit.grids import GRIDS, Grid, limits, named
+from flowkit.schedulers import RectifiedFlowScheduler
 
 from .stock64 import stock64
 
@@ -290,3 +292,14 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 600 + len(str(file))
     with pytest.raises(FileNotFoundError, match="no grid file"):
         Grid.load(tmp_path / "missing.json")
+
+
+def test_a_grid_that_leaves_noise_is_said_to() -> None:
+    scheduler = RectifiedFlowScheduler(solver="euler")
+    with pytest.warns(
+        UserWarning, match=r"the grid ends at sigma 0.1: samples keep noise; end it with 0 unless that is meant"
+    ):
+        scheduler.set_grid(Grid((1.0, 0.5, 0.1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.set_grid(Grid((1.0, 0.5, 0.0)))
