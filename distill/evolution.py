@@ -182,8 +182,10 @@ class Evolution:
         chosen = {name: trial._suggest(name, kind) for name, kind in self.space.distributions.items()}
         genome = self.space.genome(chosen)
         assert genome is not None
-        others = [o for o in self._study.get_trials(deepcopy=False, states=_LIVE) if o.number < trial.number]
-        if len(others) < trials and all(self._genome_of(other) != genome for other in others):
+        # Whoever settles last sees the other, whatever their numbers; where both do, both give way and choose anew.
+        others = [o for o in self._study.get_trials(deepcopy=False, states=_LIVE) if o.number != trial.number]
+        enough = sum(other.number < trial.number for other in others) >= trials
+        if not enough and all(self._genome_of(other) != genome for other in others):
             return trial, genome
         self._study.tell(trial, state=TrialState.FAIL)
         return None
