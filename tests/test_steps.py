@@ -193,7 +193,7 @@ def test_final_beats_even_steps_on_exact_mixtures(make: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "budget", "held_out"), [("digits", 800, 2000), ("shapes", 200, 500)])
+@pytest.mark.parametrize(("name", "budget", "held_out"), [("digits", 400, 2000), ("shapes", 100, 300)])
 def test_final_beats_even_steps_on_the_embedded_models(name: str, budget: int, held_out: int) -> None:
     pipe = load_demo(name)
     how = {**QUICK, "inputs": range(pipe.num_classes), "solver": "euler", "batch_size": 250}
