@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 # Before torch is imported: several test processes share the machine, so one thread each, and nothing comes from a hub.
@@ -17,6 +18,8 @@ os.environ.update(
 
 import pytest
 import torch
+
+from . import postgres
 
 torch.set_num_threads(1)
 
@@ -63,3 +66,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(pytestconfig: pytest.Config) -> torch.device:
     """The device of --device."""
     return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The URL of a database server; None for SQLite, which has none."""
+    if request.param == "sqlite":
+        yield None
+        return
+    with postgres.server() as url:
+        yield url

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from flowkit.eval.sweep.storage import open_storage, storage_url
 from flowkit.hooks import SkippedLayers
 from flowkit.hooks.skip import layers
 
-from . import mixtures, postgres
+from . import mixtures
 from .families import stock_of
 from .tiny import PIPELINES, build, run
 
@@ -180,15 +180,6 @@ def test_the_same_seed_gives_the_same_search() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- studies
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def server(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    if request.param == "sqlite":
-        yield None
-        return
-    with postgres.server() as url:
-        yield url
 
 
 WORKER = """

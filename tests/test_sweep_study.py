@@ -23,8 +23,6 @@ from flowkit.eval.sweep.config import SweepConfig, read
 from flowkit.eval.sweep.storage import storage_url
 from flowkit.eval.sweep.study import Claim, Study
 
-from . import postgres
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,16 +35,6 @@ def sweep(**changes: Any) -> SweepConfig:
 
 def result(value: float) -> dict[str, Any]:
     return {"figures": {"fid": {"value": value, "se": None}}, "spec": {}}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def server(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """The URL of a server; None for SQLite, which has none."""
-    if request.param == "sqlite":
-        yield None
-        return
-    with postgres.server() as url:
-        yield url
 
 
 @pytest.fixture

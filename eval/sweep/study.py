@@ -11,8 +11,8 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,11 +230,9 @@ class Study:
         labels = [_choice(value) for value in among]
         return among[labels.index(trial.suggest_categorical(name, labels))]
 
-    @contextmanager
-    def alive(self, claim: Claim) -> Iterator[None]:
+    def alive(self, claim: Claim) -> AbstractContextManager[None]:
         """Shows the others that this worker lives while it measures."""
-        with alive(self._storage, claim.trial._trial_id):
-            yield
+        return alive(self._storage, claim.trial._trial_id)
 
     def finish(self, claim: Claim, values: Sequence[float], result: Mapping[str, Any]) -> bool:
         """Writes a cell's figures.

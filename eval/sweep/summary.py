@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowkit.eval.chart import dominates
 from flowkit.eval.metrics import lower_is_better
 from flowkit.eval.results import Result
 from flowkit.eval.runs import write_json
@@ -47,11 +48,7 @@ def front(config: SweepConfig, entries: Sequence[Entry]) -> list[Entry]:
         for entry in entries
         if entry.result is not None
     }
-
-    def beaten(mine: list[float]) -> bool:
-        return any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in costs.values())
-
-    found = [entry for entry in entries if entry.slot in costs and not beaten(costs[entry.slot])]
+    found = [e for e in entries if e.slot in costs and not any(dominates(o, costs[e.slot]) for o in costs.values())]
     return sorted(found, key=lambda entry: costs[entry.slot][::-1])
 
 

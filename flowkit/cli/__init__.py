@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
+from flowkit.cli.declared import MACHINE, WHAT, Device, Labels, Model, NegativePrompt, Offload, Prompt, Variant
 from flowkit.cli.fid import fid
 from flowkit.cli.report import report
 from flowkit.cli.steps import Numbers, steps
@@ -47,7 +48,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
-_WHAT, _HOW, _MACHINE = "What to draw", "How to sample", "Output and machine"  # groups of options in the help
+_HOW = "How to sample"  # a group of options in the help
 
 app = typer.Typer(
     cls=_Commands,
@@ -194,45 +195,36 @@ def _grid(
 
 @app.command("sample")
 def _sample(
-    model: Annotated[
-        str, typer.Argument(help="digits or shapes (embedded), a folder of diffusers, or owner/name of a hub model.")
-    ],
+    model: Model,
     output: Annotated[
         Path, typer.Option(help="Folder of the samples, made if missing; run again to go on after a stop.")
     ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="What to draw; give it again for more.", metavar="TEXT", rich_help_panel=_WHAT),
-    ] = None,
+    prompt: Prompt = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             help="File of prompts, one a line; in a .jsonl one dict of pipeline arguments a line, which win over the options.",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHAT,
         ),
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to draw.", metavar="TEXT", rich_help_panel=_WHAT)
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes to draw, such as 0,3,7 or 0-9.", metavar="LIST", rich_help_panel=_WHAT)
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    labels: Labels = None,
     count: Annotated[
         int | None,
         typer.Option(
             help="Number of samples, going round the inputs.",
             show_default="one for each input",
             metavar="N",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHAT,
         ),
     ] = None,
-    start: Annotated[int, typer.Option(help="Index of the first sample.", metavar="N", rich_help_panel=_WHAT)] = 0,
+    start: Annotated[int, typer.Option(help="Index of the first sample.", metavar="N", rich_help_panel=WHAT)] = 0,
     seed: Annotated[
         int,
         typer.Option(
             help="Seed of the run. Sample i is a function of (seed, i), in any batch and any process.",
             metavar="N",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHAT,
         ),
     ] = 0,
     arg: Annotated[
@@ -240,7 +232,7 @@ def _sample(
         typer.Option(
             help="Any other argument of the pipeline, its value in JSON or text: height=512, true_cfg_scale=4, image=cat.png.",
             metavar="NAME=VALUE",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHAT,
         ),
     ] = None,
     scheduler: Annotated[
@@ -300,7 +292,7 @@ def _sample(
             help="Samples of a call.",
             show_default="1 for video and sound, 4 with prompts, 16 otherwise",
             metavar="N",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     file_format: Annotated[
@@ -310,32 +302,24 @@ def _sample(
             help="png, or npz (one file, arr_0 uint8 NHWC, labels in arr_1); of video webp, gif, mp4 or npz; of sound wav.",
             show_default="png, webp, wav",
             metavar="NAME",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
-    fps: Annotated[int, typer.Option(help="Frames a second of a video.", metavar="N", rich_help_panel=_MACHINE)] = 16,
+    fps: Annotated[int, typer.Option(help="Frames a second of a video.", metavar="N", rich_help_panel=MACHINE)] = 16,
     dtype: Annotated[
         str,
         typer.Option(
             help="float32, bfloat16, float16, or auto: float32 on the CPU, elsewhere as the weights are saved.",
             metavar="NAME",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="auto is cuda where there is one, else cpu.", metavar="NAME", rich_help_panel=_MACHINE),
-    ] = "auto",
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the weights, such as fp16.", metavar="NAME", rich_help_panel=_MACHINE)
-    ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep each network on the CPU until it is needed.", rich_help_panel=_MACHINE),
-    ] = False,
+    device: Device = "auto",
+    variant: Variant = None,
+    offload: Offload = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Remove samples of other settings in the folder.", rich_help_panel=_MACHINE),
+        typer.Option("--overwrite", help="Remove samples of other settings in the folder.", rich_help_panel=MACHINE),
     ] = False,
 ) -> None:
     """Sample from any model of diffusers: same seeds, same samples, whatever the batch and the number of processes.

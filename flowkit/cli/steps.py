@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
-_WHAT, _SEARCH, _MEASURE, _MACHINE = "What to draw", "How to search", "What to measure", "Output and machine"
+from flowkit.cli.declared import MACHINE, WHAT, Device, Labels, Model, NegativePrompt, Offload, Prompt, Variant
+
+_SEARCH, _MEASURE = "How to search", "What to measure"  # groups of options in the help
 _NUMBERS = re.compile(r"\d[\d,]*")
 
 
@@ -28,9 +30,7 @@ class Numbers(TyperCommand):
 
 
 def steps(
-    model: Annotated[
-        str, typer.Argument(help="digits or shapes (embedded), a folder of diffusers, or owner/name of a hub model.")
-    ],
+    model: Model,
     numbers: Annotated[
         str,
         typer.Option("--steps", help="Numbers of steps to find a grid for: 4, or several as 2 4 6 8.", metavar="K ..."),
@@ -38,33 +38,26 @@ def steps(
     output: Annotated[
         Path, typer.Option(help="Folder of the grids, made if missing; run again to go on after a stop.", metavar="DIR")
     ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="What to draw; give it again for more.", metavar="TEXT", rich_help_panel=_WHAT),
-    ] = None,
+    prompt: Prompt = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File of prompts, one a line, or a .jsonl of pipeline arguments.", rich_help_panel=_WHAT),
+        typer.Option(help="File of prompts, one a line, or a .jsonl of pipeline arguments.", rich_help_panel=WHAT),
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to draw.", metavar="TEXT", rich_help_panel=_WHAT)
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes to draw, such as 0,3,7 or 0-9.", metavar="LIST", rich_help_panel=_WHAT)
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    labels: Labels = None,
     guidance: Annotated[
         float | None,
         typer.Option(
             help="Guidance scale that the grids are for.",
             show_default="the pipeline's",
             metavar="W",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHAT,
         ),
     ] = None,
     arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any other argument of the pipeline: height=512.", metavar="NAME=VALUE", rich_help_panel=_WHAT
+            help="Any other argument of the pipeline: height=512.", metavar="NAME=VALUE", rich_help_panel=WHAT
         ),
     ] = None,
     method: Annotated[
@@ -127,23 +120,15 @@ def steps(
             help="Samples of a call.",
             show_default="4 with prompts, 64 otherwise",
             metavar="N",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME", rich_help_panel=_MACHINE)
+        str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME", rich_help_panel=MACHINE)
     ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="auto is cuda where there is one, else cpu.", metavar="NAME", rich_help_panel=_MACHINE),
-    ] = "auto",
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the weights, such as fp16.", metavar="NAME", rich_help_panel=_MACHINE)
-    ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Keep each network on the CPU until it is needed.", rich_help_panel=_MACHINE),
-    ] = False,
+    device: Device = "auto",
+    variant: Variant = None,
+    offload: Offload = False,
 ) -> None:
     """Find the best levels for a few steps of your model and solver, and measure them against uniform, Karras and its scheduler.
 
