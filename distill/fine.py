@@ -149,7 +149,7 @@ class Runs:
         rows = self.scheduler.plan(len(grid), None, None, None).rows()
         first = [i for i, row in enumerate(rows) if not i or row.step != rows[i - 1].step]
         with recording(self.pipe, self.scheduler, on_step) as take:
-            for block in self._draw(len(grid), samples):
+            for block in self.draw(len(grid), samples):
                 run = take()
                 self._check(len(run.outputs), len(rows))
                 yield block, [run.states[i] for i in (*first, -1)], [run.outputs[i] for i in first]
@@ -162,7 +162,7 @@ class Runs:
         """
         rows = self.evaluations(grid)
         with ending(self.pipe, self.scheduler, on_step) as take:
-            for block in self._draw(len(grid), samples):
+            for block in self.draw(len(grid), samples):
                 states, count = take()
                 self._check(count, rows)
                 yield block, states
@@ -179,7 +179,7 @@ class Runs:
             ValueError: for a scheduler that cannot take so many steps.
         """
         with ending(self.pipe, None, on_step) as take:
-            for block in self._draw(steps, samples):
+            for block in self.draw(steps, samples):
                 yield block, take()[0]
 
     def errors(self, grid: Grid, fine: Fine, on_step: _OnStep = lambda rows: None) -> Tensor:
@@ -209,14 +209,18 @@ class Runs:
     def start(self, grid: Grid) -> Tensor:
         """Returns the noise that sample 0 begins with on a grid, (1, ...), at the cost of one network evaluation."""
         self.scheduler.set_grid(grid)
-        return first_sample(self.pipe, self.scheduler, lambda: list(self._draw(len(grid), range(1))))
+        return first_sample(self.pipe, self.scheduler, lambda: list(self.draw(len(grid), range(1))))
 
     def blocks(self, samples: range) -> list[range]:
         """Returns the batches that samples are drawn in."""
         return blocks(self.pipe, len(samples), inputs=self.inputs, batch_size=self.batch_size, start=samples.start)
 
-    def _draw(self, steps: int, samples: range) -> Iterator[range]:
-        """Calls the pipeline for one batch after the other; images are not decoded where that costs another network."""
+    def draw(self, steps: int, samples: range) -> Iterator[range]:
+        """Calls the pipeline for one batch after the other; images are not decoded where that costs another network.
+
+        Yields:
+            The indices of each batch, after its call.
+        """
         call = {**self.call, "num_inference_steps": steps}
         if "output_type" in parameters(self.pipe) and getattr(self.pipe, "vae", None) is not None:
             call.setdefault("output_type", "latent")

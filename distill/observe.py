@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flowkit.hooks import Part, Recorder, Trajectory, attach
+from flowkit.hooks.layout import networks
 from flowkit.schedulers import RectifiedFlowScheduler
 
 
@@ -68,6 +69,9 @@ def under(pipe: Any, scheduler: RectifiedFlowScheduler | None, *parts: Part) -> 
         *parts: to attach.
     """
     before = pipe.scheduler
+    # A pipeline that swaps attention for a call (PAG) does not put it back where the call ends early.
+    swapped: list[Any] = [net for net in networks(pipe) if hasattr(net, "attn_processors")]
+    attention = [(net, dict(net.attn_processors)) for net in swapped]
     if scheduler is not None:
         pipe.scheduler = scheduler.fork()
     try:
@@ -75,6 +79,9 @@ def under(pipe: Any, scheduler: RectifiedFlowScheduler | None, *parts: Part) -> 
             yield
     finally:
         pipe.scheduler = before
+        for net, processors in attention:
+            if net.attn_processors != processors:
+                net.set_attn_processor(processors)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from flowkit import rng, weights
 from flowkit.eval.runs import Kind
 from flowkit.grids import Grid
 from flowkit.schedulers import RectifiedFlowScheduler
+from flowkit.weights import digest
 
 INDEX = "index.json"
 RECORDING = Kind(
@@ -88,14 +89,6 @@ class Shard:
 def shard_file(folder: Path, number: int) -> Path:
     """Returns the file of a shard."""
     return folder / f"shard-{number:06d}.safetensors"
-
-
-def digest(*tensors: Tensor) -> str:
-    """Returns the SHA-256 of the bytes of tensors."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def checksum(number: int, shard: Shard) -> str:
@@ -288,6 +281,33 @@ class Trajectories(Dataset[dict[str, Any]]):
         if self.outputs_at:
             item["outputs"] = shard.outputs[row].clone()
         return item
+
+    def states(self, samples: Sequence[int], at: Sequence[int] | None = None) -> Tensor:
+        """Returns kept states of several samples; errors as of one.
+
+        Args:
+            samples: their numbers, B of them.
+            at: positions among the kept states; None means all.
+
+        Returns:
+            (B, len(at), ...).
+        """
+        wanted = [range(len(self.at))[i] for i in (range(len(self.at)) if at is None else at)]
+        found = torch.empty(len(samples), len(wanted), *self.shape, dtype=self.dtype)
+        again = dict[tuple[str, float], list[int]]()
+        for place, index in enumerate(samples):
+            number = bisect.bisect_right(self.firsts, index) - 1
+            shard = self._shard(number)
+            own, drawn = shard.states[index - self.firsts[number]], shard.noise not in ("stored", "none")
+            for column, position in enumerate(wanted):
+                if not drawn or position:
+                    found[place, column] = own[position - drawn]
+            if drawn and 0 in wanted:
+                again.setdefault((shard.noise, shard.scale), []).append(place)
+        for (kind, scale), places in again.items():
+            seeds = [rng.sample_seed(self._seed, samples[place]) for place in places]
+            found[places, wanted.index(0)] = initial(kind, self.shape, self.dtype, seeds, scale)
+        return found
 
     def _shard(self, number: int) -> Shard:
         if number not in self._maps:

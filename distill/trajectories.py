@@ -16,7 +16,7 @@ from flowkit import rng
 from flowkit.distill import shards
 from flowkit.distill.costs import Costs, StepErrors
 from flowkit.distill.fine import RECORD, Runs
-from flowkit.distill.shards import RECORDING, Shard, Trajectories, digest, initial
+from flowkit.distill.shards import RECORDING, Shard, Trajectories, initial
 from flowkit.eval import runs as folders
 from flowkit.eval.processes import Processes
 from flowkit.eval.provenance import describe
@@ -25,6 +25,7 @@ from flowkit.grids import Grid
 from flowkit.pipelines.sampling import Inputs, as_inputs
 from flowkit.progress import bar
 from flowkit.schedulers import RectifiedFlowScheduler
+from flowkit.weights import digest
 
 KEEP = ("state", "output")
 # A shard is at most so many batches, so that little is lost, and no larger than this, unless one batch is.
@@ -106,18 +107,19 @@ def record(
     return Trajectories(folder)
 
 
-def recorded_costs(trajectories: Trajectories, batch_size: int = 64) -> Costs:
+def recorded_costs(trajectories: Trajectories, batch_size: int = 64, samples: int | None = None) -> Costs:
     """Returns the costs of all steps between two recorded levels, without another run of the pipeline.
 
     Args:
         trajectories: of two samples or more, with states and outputs at all levels of their grid.
         batch_size: samples at a time.
+        samples: number of the trajectories that are used, the first ones; None means all.
 
     Raises:
         ValueError: where less was recorded, or a solver that draws noise.
     """
     trajectories.check_deterministic()
-    grid, count = trajectories.grid, len(trajectories)
+    grid, count = trajectories.grid, len(trajectories) if samples is None else samples
     if len(trajectories.at) <= len(grid) or len(trajectories.outputs_at) < len(grid) or count < 2:
         raise ValueError(f"costs need states and outputs at all {len(grid) + 1} levels of two samples or more; "
                          f"{trajectories.folder} holds states at {len(trajectories.at)} and outputs at "

@@ -6,7 +6,7 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from flowkit.eval.decoding import SUFFIXES
 
 @dataclass(frozen=True)
 class Files:
-    """Image files of one place.
+    """Image files of one place, and what was asked for beside them.
 
     Attributes:
         names: relative paths, sorted.
@@ -45,17 +45,18 @@ def kind(path: Path) -> str:
     raise ValueError(f"cannot read images from {path}; use a folder, .zip, .tar or .npz")
 
 
-def open_files(path: Path, kind: str) -> Files:
+def open_files(path: Path, kind: str, beside: tuple[str, ...] = ()) -> Files:
     """Opens a folder or archive.
 
     Args:
         path: of it.
         kind: "folder", "zip" or "tar".
+        beside: ends of the names of further files that are wanted, such as ".txt".
 
     Raises:
         ValueError: for a broken archive.
     """
-    return {"folder": _folder, "zip": _zip, "tar": _tar}[kind](path)
+    return {"folder": _folder, "zip": _zip, "tar": _tar}[kind](path, (*SUFFIXES, *beside))
 
 
 def npz_images(path: Path) -> Tensor:
@@ -77,27 +78,29 @@ def npz_images(path: Path) -> Tensor:
     return torch.from_numpy(fitting[0])
 
 
-def _wanted(name: str) -> bool:
+def _wanted(names: Iterable[str], ends: tuple[str, ...]) -> list[str]:
     # Hidden files, and what macOS adds to archives, are no images of the set.
-    parts = name.split("/")
-    return name.lower().endswith(SUFFIXES) and not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    def shown(name: str) -> bool:
+        return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+    return sorted(name for name in names if name.lower().endswith(ends) and shown(name))
 
 
-def _folder(path: Path) -> Files:
-    names = []
+def _folder(path: Path, ends: tuple[str, ...]) -> Files:
+    names = list[str]()
     for folder, _, files in os.walk(path, followlinks=True):
         inside = Path(folder).relative_to(path).as_posix()
         names += [name if inside == "." else f"{inside}/{name}" for name in files]
     # By relative path: where links lead does not change the order.
-    names = sorted(filter(_wanted, names))
+    names = _wanted(names, ends)
     return Files(names, lambda i: (path / names[i]).read_bytes(), lambda i: str(path / names[i]))
 
 
-def _zip(path: Path) -> Files:
+def _zip(path: Path, ends: tuple[str, ...]) -> Files:
     local = _Handles(path)
     try:
         with zipfile.ZipFile(path) as file:
-            names = sorted(filter(_wanted, file.namelist()))
+            names = _wanted(file.namelist(), ends)
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} is broken or no zip file ({error}); copy it again") from error
 
@@ -110,13 +113,13 @@ def _zip(path: Path) -> Files:
     return Files(names, read, lambda i: f"{path}: {names[i]}")
 
 
-def _tar(path: Path) -> Files:
+def _tar(path: Path, ends: tuple[str, ...]) -> Files:
     try:
         with tarfile.open(path, "r:") as file:
             members = {member.name.removeprefix("./"): member for member in file if member.isfile()}
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is broken or no uncompressed tar file ({error}); copy it again") from error
-    names = sorted(filter(_wanted, members))
+    names = _wanted(members, ends)
 
     def read(index: int) -> bytes:
         member = members[names[index]]

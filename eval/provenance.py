@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,19 @@ def first_difference(old: Any, new: Any, place: str = "") -> tuple[str, Any, Any
     return None if old == new else (place, old, new)
 
 
-def fingerprint(pipe: Any) -> str:  # noqa: ANN401
+def fingerprint(pipe: Any, skipped: Sequence[torch.nn.Module] = ()) -> str:  # noqa: ANN401
     """Returns a hash that tells pipelines of other weights apart, LoRA and other adapters included.
 
     It covers names, shapes, dtypes and up to 1024 evenly spaced numbers of every tensor: training moves every weight.
+
+    Args:
+        pipe: the pipeline.
+        skipped: components that do not count.
     """
     digest = hashlib.sha256()
     components = getattr(pipe, "components", {})
-    for part in sorted(name for name, value in components.items() if isinstance(value, torch.nn.Module)):
+    modules = {name: value for name, value in components.items() if isinstance(value, torch.nn.Module)}
+    for part in sorted(name for name, value in modules.items() if not any(value is other for other in skipped)):
         for name, tensor in components[part].state_dict().items():
             digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
             if tensor.is_meta or not tensor.numel():  # offloaded weights are on no device

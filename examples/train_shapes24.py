@@ -25,6 +25,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,9 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 from flowkit import ClassConditionalPipeline, RectifiedFlowScheduler, rng, weights
-from flowkit.distill.trainer import Training, train
+from flowkit.distill import Training
+from flowkit.distill.draw import Draw
+from flowkit.distill.trainer import train
 from flowkit.eval import (
     ClassifierExtractor,
     FeatureExtractor,
@@ -74,7 +77,7 @@ STEPS, CLASSIFIER_STEPS, SEED = 5000, 4000, 0
 # Twenty rounds of the classes: each of the chunks that give the standard error holds one round.
 SAMPLES, SAMPLE_STEPS, SCALES, SHOWN = 20 * CLASSES, 16, (1.0, 1.5, 2.0, 3.0), 1.5
 DISTANCES = ("fid", "fid/pixels")
-CHECKPOINT, SETTINGS = "checkpoint.safetensors", "training.json"
+UNFINISHED, SETTINGS = "training", "training.json"
 Array = np.ndarray[Any, np.dtype[Any]]
 Network = TypeVar("Network", bound=nn.Module)
 BatchLoss = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
@@ -168,14 +171,14 @@ def label_accuracy(extractor: Shapes24Extractor, pixels: Tensor, labels: Tensor)
     return float((extractor.network(to_input(pixels)).argmax(dim=1) == labels).float().mean())
 
 
-def fit(network: Network, loss: BatchLoss, steps: int, checkpoint: Path, text: str) -> Network:
+def fit(network: Network, loss: BatchLoss, steps: int, folder: Path, text: str) -> Network:
     """Trains by the recipe of build_assets.py, or goes on where the checkpoint stands; step k has its own random numbers.
 
     Args:
         network: trained in place.
         loss: (network, images, labels, generator) -> scalar; draws its batch with the generator.
         steps: number of steps.
-        checkpoint: file of the state.
+        folder: of the checkpoint.
         text: what the progress bar says.
 
     Returns:
@@ -184,13 +187,13 @@ def fit(network: Network, loss: BatchLoss, steps: int, checkpoint: Path, text: s
     pixels, labels = pictures(TRAIN, TRAIN_COUNT)
     x = to_input(pixels)
 
-    def step_loss(model: nn.Module, step: int) -> Tensor:
-        return loss(model, x, labels, Generator().manual_seed(rng.sample_seed(SEED, step)))
+    def step_loss(model: nn.Module, now: Draw) -> tuple[Tensor, None]:
+        return loss(model, x, labels, Generator().manual_seed(rng.sample_seed(SEED, now.step)))[None], None
 
     how = Training(steps, learning_rate=2e-3, warmup=min(1.0, 100 / steps), ema=0.998)
     with bar(True) as display:
         task = display.add_task(text, total=steps)
-        train(network.eval(), step_loss, how, checkpoint, lambda done: display.update(task, completed=done))
+        train(network.eval(), step_loss, how, folder, on_step=lambda done: display.update(task, completed=done))
     return network
 
 
@@ -199,8 +202,8 @@ def make_classifier(out: Path) -> None:
     if (out / "classifier.safetensors").exists():
         return
     torch.manual_seed(SEED)
-    checkpoint = out / f"classifier.{CHECKPOINT}"
-    network = fit(Classifier(**CLASSIFIER), classifier_loss, CLASSIFIER_STEPS, checkpoint, "classifier")
+    folder = out / f"classifier.{UNFINISHED}"
+    network = fit(Classifier(**CLASSIFIER), classifier_loss, CLASSIFIER_STEPS, folder, "classifier")
     save_classifier(network, CLASSIFIER, out)
 
 
@@ -222,7 +225,7 @@ def make_model(out: Path, steps: int) -> None:
         return flow_loss(network, x, labels, CLASSES, generator)
 
     network = flow_network(channels=3, size=SIZE, classes=CLASSES)
-    save_model(fit(network, loss, steps, out / f"model.{CHECKPOINT}", "flow model"), out)
+    save_model(fit(network, loss, steps, out / f"model.{UNFINISHED}", "flow model"), out)
 
 
 def measure(out: Path, steps: int) -> dict[str, Any]:
@@ -325,8 +328,10 @@ def main() -> None:
     file = out / "figures.json"
     if not file.exists():
         weights.write_bytes(file, (json.dumps(measure(out, steps), indent=1) + "\n").encode())
-    for leftover in (*out.glob(f"*.{CHECKPOINT}"), *out.glob(".*.safetensors.*")):  # the second: torn by a kill
-        leftover.unlink()
+    for leftover in out.glob(f"*.{UNFINISHED}"):
+        shutil.rmtree(leftover)
+    for torn in out.glob(".*.safetensors.*"):
+        torn.unlink()
     show(json.loads(file.read_text(encoding="utf-8")))
 
 

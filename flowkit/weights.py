@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -85,6 +86,14 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def digest(*tensors: Tensor) -> str:
+    """Returns the SHA-256 of the bytes of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file.
 
@@ -102,31 +111,52 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the metadata of a safetensors file alone; errors as of `read`."""
+    with safe_open(check(path), framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file whole or not at all, replacing an older one.
+    """Writes a safetensors file whole or not at all, replacing an older one, a tensor after the other.
 
     Args:
         path: the file; its folder is made if missing.
         tensors: by name, on any device.
         metadata: strings kept in the header.
     """
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata or {}))
-    header, data = _sorted_metadata(content)
+    header, order = _header(tensors, metadata or {})
     with writing(path) as file:
         file.write(header)
-        file.write(data)
+        for name in order:
+            file.write(_bytes(tensors[name]))
 
 
-def _sorted_metadata(content: bytes) -> tuple[bytes, memoryview]:
-    """The header with its metadata in order, which safetensors leaves to chance, and the data: equal contents, equal bytes."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """Header of a safetensors file, and the tensors in the order of the file: equal contents, equal bytes.
+
+    safetensors itself tells the order, of tensors without elements; that of metadata it leaves to chance, and here it is sorted.
+    """
+    content = save({name: torch.empty(0, dtype=t.dtype) for name, t in tensors.items()}, dict(metadata))
+    entries = json.loads(content[8:])
+    entries["__metadata__"] = dict(sorted(metadata.items()))
+    order, end = [name for name in entries if name != "__metadata__"], 0
+    for name in order:
+        first, end = end, end + tensors[name].nbytes
+        entries[name] |= {"shape": list(tensors[name].shape), "data_offsets": [first, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, memoryview(content)[8 + size :]
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; one that is contiguous on the CPU is not copied."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # one number of a larger tensor counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 @contextmanager

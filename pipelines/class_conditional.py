@@ -100,7 +100,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; choose 'pil', 'np', 'pt' or 'latent'")
         unet, scheduler, device = self.unet, self.scheduler, self._execution_device
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        try:
+            labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"class labels must be whole numbers from 0 to {self.num_classes - 1}, got {class_labels!r:.80}"
+            ) from error
         if labels.is_floating_point() or not len(labels) or not ((labels >= 0) & (labels <= self.num_classes)).all():
             raise ValueError(
                 f"class labels must be whole numbers from 0 to {self.num_classes - 1}, got {labels.tolist()}"

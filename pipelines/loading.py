@@ -27,7 +27,7 @@ from flowkit import assets, weights
 from flowkit.pipelines.class_conditional import ClassConditionalPipeline
 from flowkit.schedulers import RectifiedFlowScheduler
 
-INDEX = "model_index.json"
+INDEX, STUDENT = "model_index.json", "distill.json"
 REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _OURS = {"ClassConditionalPipeline": ClassConditionalPipeline}
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -85,6 +85,26 @@ def find(name: str, variant: str | None = None) -> Source:
     return Source(name, folder, index, weights.fingerprint(weights.check_folder(folder)), revision)
 
 
+def check_name(name: str, path: Path) -> None:
+    """Refuses a name that can be no model, without a look at the hub.
+
+    Args:
+        name: what `find` takes.
+        path: of the folder, should it be one.
+
+    Raises:
+        ValueError: for a name that is neither an embedded model, nor a pipeline's folder, nor ``owner/name``.
+    """
+    if name in assets.NAMES or (path / INDEX).is_file():
+        return
+    if path.exists():
+        raise ValueError(f"{name} has no {INDEX}, so it is no pipeline; give a folder that save_pretrained wrote")
+    if not REPOSITORY.fullmatch(name):
+        raise ValueError(
+            f"there is no model {name!r}; choose {', '.join(assets.NAMES)}, a folder, or owner/name of the hub"
+        )
+
+
 def load(source: Source, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:  # noqa: ANN401
     """Loads a pipeline on the CPU, its own bar off.
 
@@ -121,6 +141,66 @@ def scheduler_config(source: Source) -> Mapping[str, Any] | None:
     if (folder / "scheduler_config.json").is_file():
         config = RectifiedFlowScheduler.load_config(folder)
     return config
+
+
+def load_lora(pipe: Any, lora: str | Path) -> None:  # noqa: ANN401
+    """Loads adapters into a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        lora: a file, a folder, or ``owner/name`` of a hub repository.
+
+    Raises:
+        TypeError: for a pipeline that takes none.
+    """
+    if not hasattr(pipe, "load_lora_weights"):
+        raise TypeError(f"{type(pipe).__name__} takes no LoRA; leave out lora {str(lora)!r}")
+    pipe.load_lora_weights(str(lora), use_safetensors=True)
+
+
+def lora_files(lora: Path) -> list[Path]:
+    """Returns the checked weight files of adapters.
+
+    Args:
+        lora: a file or a folder.
+
+    Raises:
+        FileNotFoundError: for a folder that holds none.
+        ValueError: for one that is broken.
+    """
+    files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
+    if not files:
+        raise FileNotFoundError(f"no .safetensors in {lora}; give the folder or file of a LoRA")
+    return [weights.check(file) for file in files]
+
+
+def own_scheduler(folder: Path) -> RectifiedFlowScheduler | None:
+    """Returns the scheduler that lies beside the adapters of a distilled student; None where there is none."""
+    if not (folder / "scheduler").is_dir():
+        return None
+    scheduler: RectifiedFlowScheduler = RectifiedFlowScheduler.from_pretrained(folder / "scheduler")
+    return scheduler
+
+
+def student_call(folder: Path) -> dict[str, Any]:
+    """Returns the arguments that a distilled student is called with: its number of steps, no guidance where it has learnt it.
+
+    Args:
+        folder: of a pipeline or a LoRA; for one that `flowkit.distill.run` did not write nothing is returned.
+
+    Raises:
+        ValueError: for a file that is not JSON.
+    """
+    if not (folder / STUDENT).is_file():
+        return {}
+    try:
+        student = json.loads((folder / STUDENT).read_text(encoding="utf-8")).get("student")
+    except ValueError as error:
+        raise ValueError(f"{folder / STUDENT} is not JSON ({error}); copy the student again") from error
+    if student is None:  # trained from data
+        return {}
+    steps = {} if student["steps"] is None else {"num_inference_steps": student["steps"]}
+    return {**student["call"], **steps}
 
 
 def saved_dtype(folder: Path, variant: str | None = None) -> torch.dtype:

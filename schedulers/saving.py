@@ -39,6 +39,19 @@ def stock_config(scheduler: RectifiedFlowScheduler) -> tuple[str, dict[str, Any]
     return name, {**values, "flowkit": {k: config[k] for k in own if k in config and k not in values}}
 
 
+def stand_in(scheduler: RectifiedFlowScheduler) -> Any:  # noqa: ANN401
+    """Returns a stock scheduler that carries ours in one hidden key of its configuration.
+
+    Raises:
+        ValueError: where no stock class walks our scheduler's path.
+    """
+    name, config = stock_config(scheduler)
+    hidden = config.pop("flowkit")
+    made = getattr(diffusers, name)(**config)
+    made.register_to_config(flowkit=hidden)
+    return made
+
+
 def save_pretrained(pipe: diffusers.DiffusionPipeline, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401
     """Saves a pipeline with a stock scheduler in our scheduler's place, which carries ours in one hidden key.
 
@@ -57,11 +70,7 @@ def save_pretrained(pipe: diffusers.DiffusionPipeline, save_directory: str | os.
     if not isinstance(ours, RectifiedFlowScheduler):
         pipe.save_pretrained(save_directory, **kwargs)
         return
-    name, config = stock_config(ours)
-    hidden = config.pop("flowkit")
-    stand_in = getattr(diffusers, name)(**config)
-    stand_in.register_to_config(flowkit=hidden)
-    pipe.scheduler = stand_in
+    pipe.scheduler = stand_in(ours)
     try:
         pipe.save_pretrained(save_directory, **kwargs)
     finally:

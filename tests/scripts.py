@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,5 +21,6 @@ def script_module(file: Path) -> Iterator[Any]:
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(file.parent))
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look there
         spec.loader.exec_module(module)
         yield module

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowkit.hooks import Recorder, attach
+from flowkit.hooks import DenoiserCall, Recorder, attach
 from flowkit.hooks.layout import networks
 from flowkit.hooks.parts import reported
 from flowkit.hooks.selftest import aligned
@@ -270,6 +270,44 @@ def test_arguments_that_change_late() -> None:
         run(pipe, STEPS, callback_on_step_end=other, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     with pytest.raises(ValueError, match="changes encoder_hidden_states from step to step"):
         recorder.trajectories[0].denoiser()
+
+
+def test_a_call_for_another_batch_at_times_of_its_own() -> None:
+    """With arguments of more samples than were recorded, and another module."""
+    pipe = built("sd3", "euler")
+    call: dict[str, Any] = {"prompt": ["a red cat", "a car"], "negative_prompt": ["a dog", "mud"]}
+    with attach(pipe, recorder := Recorder(*ALL)):
+        run(pipe, STEPS, **call)
+    kept = recorder.trajectories[0]
+    denoise = kept.denoiser()
+    given = denoise._calls["cond"].cut(2, [1, 0, 1])
+    student = copy.deepcopy(pipe.transformer)
+    x = torch.stack([kept.states[3][1], kept.states[0][0], kept.states[2][1]])
+    times = torch.tensor([kept.timesteps[3], kept.timesteps[0], kept.timesteps[2]])
+    with torch.no_grad():
+        found = denoise(x, times, given=given)
+        assert torch.equal(denoise(x, times, given=given, network=student), found)
+        for place, (step, row) in enumerate(((3, 1), (0, 0), (2, 1))):
+            cond = kept.cond[step]
+            assert cond is not None
+            assert torch.allclose(found[place], cond[row], rtol=0, atol=1e-5)
+        student.proj_out.bias += 1.0
+        assert torch.allclose(denoise(x, times, given=given, network=student), found + 1.0, atol=1e-5)
+        assert torch.equal(denoise(x, times, given=given), found)
+    with pytest.raises(ValueError, match=r"got times of shape \(3,\) for 2 samples; pass one, or one a sample"):
+        denoise(kept.states[0], times)
+    with pytest.raises(ValueError, match=r"got samples of shape \(2, 4, 8, 8\), recorded were \(3, 4, 8, 8\)"):
+        denoise(kept.states[0], 500.0, given=given)
+
+
+def test_frames_that_are_given_keep_their_time() -> None:
+    """They are told time 0; every sample has its own for the others."""
+    call = DenoiserCall(torch.nn.Identity(), {}, (3, 2), "t / T", 1000, 1, None)
+    old = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    told = call._told(torch.tensor([100.0, 200.0, 300.0], dtype=torch.float64), old)
+    assert torch.equal(told, torch.tensor([[0.0, 0.1, 0.1], [0.0, 0.0, 0.2], [0.3, 0.3, 0.3]]))
+    whole = call._told(torch.tensor([100.0, 200.0], dtype=torch.float64), torch.tensor([1000, 1000]))
+    assert torch.equal(whole, torch.tensor([0.1, 0.2]))  # not cut to whole numbers
 
 
 def test_a_call_does_not_meet_what_is_attached() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -442,6 +443,7 @@ def test_a_text_to_image_model_with_a_lora(tmp_path: Path, monkeypatch: pytest.M
     """Prompts, a LoRA beside none, guidance methods, stock and our solvers; each cell finds the model as it was saved."""
     pipe = tiny.build("sd15", DDIMScheduler(clip_sample=False, steps_offset=1))
     pipe.save_pretrained(tmp_path / "sd")
+    pipe.unet = copy.deepcopy(pipe.unet)  # other tests have the same
     pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]))
     for name, weight in pipe.unet.named_parameters():
         if "lora_B" in name:

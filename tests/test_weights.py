@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flowkit import weights
 
@@ -79,3 +81,19 @@ def test_every_component_of_a_folder_needs_safetensors(tmp_path: Path) -> None:
     (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"text_encoder.pytorch_model\.bin is a pickled weight file"):
         weights.check_folder(tmp_path)
+
+
+def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
+    dtypes = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+    tensors = {f"{'zéa'[k % 3]}{k}": (torch.randn(k % 4, 3) * 9).to(dtypes[k % 7]).T for k in range(20)}
+    tensors |= {"number": torch.tensor(2.5)}
+    tensors["of many"] = torch.arange(9.0).reshape(3, 3)[:1, 1]
+    tensors["of none"] = torch.tensor(7.0).expand(1)
+    weights.write(tmp_path / "ours", tensors, {"step": "3"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", {"step": "3"})
+    ours, theirs = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
+    sizes = [8 + int.from_bytes(content[:8], "little") for content in (ours, theirs)]
+    assert json.loads(ours[8 : sizes[0]]) == json.loads(theirs[8 : sizes[1]])
+    assert ours[sizes[0] :] == theirs[sizes[1] :]
+    weights.write(tmp_path / "again", dict(reversed(tensors.items())), {"step": "3"})
+    assert (tmp_path / "again").read_bytes() == ours

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from flowkit.eval.sweep.reading import Fault, Place, shown
+from flowkit.reading import Fault, Place, shown
+from flowkit.validation import STRICT, Text
 
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 SETTINGS = ("model", "lora", "scheduler", "solver", "grid", "steps", "guidance_scale", "guidance")
 GROUPS = ("knobs", "call")  # their settings are written knobs.NAME and call.NAME
 # What each setting has to be, for messages.
@@ -34,7 +34,6 @@ def _method(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-Text = Annotated[str, Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1)]
 _Without = BeforeValidator(lambda value: None if value == "none" else value)
 # None: without a LoRA, on the solver's own grid, with the pipeline's own guidance.

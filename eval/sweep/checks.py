@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import itertools
@@ -19,11 +18,12 @@ from flowkit import assets, solvers, weights
 from flowkit.eval.metrics import METRICS
 from flowkit.eval.sweep import cells
 from flowkit.eval.sweep.axes import GROUPS, SETTINGS
-from flowkit.eval.sweep.reading import Fault, Place, shown
 from flowkit.grids import Grid
 from flowkit.pipelines import loading, swap
 from flowkit.pipelines.requests import EACH, IMAGE
+from flowkit.reading import Fault, Place, shown
 from flowkit.schedulers import RectifiedFlowScheduler, stock_classes
+from flowkit.validation import near
 
 if TYPE_CHECKING:
     from flowkit.eval.sweep.config import SweepConfig
@@ -40,30 +40,10 @@ _ELSEWHERE = {
        for name in ("generator", "batch_size", "num_images_per_prompt")},
     **{f"call.{name}": "the measurement sets it" for name in ("output_type", "return_dict")},
 }  # fmt: skip
-_LARGE = 2**64
 _WEIGHTS = {".safetensors", *weights.PICKLES}
 _ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 # Of separators, of what Windows refuses, or of dots and spaces at an end.
 _NO_FOLDER = re.compile(r"[/\\:*?\"<>|\x00-\x1f\x7f]|^[. ]|[. ]$")
-
-
-def unreadable(data: Any, place: Place = ()) -> Iterator[Fault]:  # noqa: ANN401
-    """Yields numbers out of any range, and text that no file can hold."""
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from unreadable(value, (*place, key))
-    elif isinstance(data, list):
-        for number, value in enumerate(data):
-            yield from unreadable(value, (*place, number))
-    elif isinstance(data, float) and not math.isfinite(data):
-        yield place, f"is {data}; give a finite number"
-    elif isinstance(data, int) and abs(data) >= _LARGE:
-        yield (
-            place,
-            f"is a number of {len(str(data)) if abs(data) < 10**4000 else 'over 4000'} digits; give a smaller one",
-        )
-    elif isinstance(data, str) and re.search("[\0\ud800-\udfff]", data):
-        yield place, f"is {data!r:.60}, which holds no proper character; correct it"
 
 
 def metric_keys(config: SweepConfig) -> list[str]:
@@ -123,7 +103,7 @@ def _metrics(config: SweepConfig) -> Iterator[Fault]:
     names = [text.partition("/")[0] for text in config.metrics]
     for number, name in enumerate(names):
         if name not in METRICS:
-            yield ("metrics", number), f"is {shown(config.metrics[number])}, which is no metric; {_near(name, METRICS)}"
+            yield ("metrics", number), f"is {shown(config.metrics[number])}, which is no metric; {near(name, METRICS)}"
         elif METRICS[name].reference is not None and config.reference is None:
             yield (
                 ("metrics", number),
@@ -161,7 +141,7 @@ def _machine(config: SweepConfig) -> Iterator[Fault]:
     trackers = [str(name) for name in LOGGER_TYPE_TO_CLASS]
     for number, name in enumerate(config.trackers):
         if name not in trackers:
-            yield ("trackers", number), f"is {shown(name)}, which accelerate does not have; {_near(name, trackers)}"
+            yield ("trackers", number), f"is {shown(name)}, which accelerate does not have; {near(name, trackers)}"
 
 
 def _inputs(config: SweepConfig) -> Iterator[Fault]:
@@ -209,7 +189,7 @@ def _guidance(config: SweepConfig) -> Iterator[Fault]:
 def _names(config: SweepConfig) -> Iterator[Fault]:
     """Values of settings, each for itself."""
     finds: dict[str, Callable[[str], Any]] = {
-        "model": lambda name: _model(config, name),
+        "model": lambda name: loading.check_name(name, config.path(name)),
         "lora": lambda name: _lora(config, name),
         "scheduler": lambda name: name in ("flowkit", "keep") or swap.stock_class(name),
         "solver": solvers.find,
@@ -219,7 +199,7 @@ def _names(config: SweepConfig) -> Iterator[Fault]:
         if setting in _ELSEWHERE:
             yield place, f"cannot be given here; {_ELSEWHERE[setting]}"
         elif setting.startswith("knobs.") and (own := setting.removeprefix("knobs.")) not in (known := _knobs()):
-            yield place, f"is no knob of a scheduler; {_near(own, known)}"
+            yield place, f"is no knob of a scheduler; {near(own, known)}"
     for setting, place, value in _values(config):
         if setting in finds and value is not None:
             try:
@@ -314,20 +294,6 @@ def _knobs() -> list[str]:
     )
 
 
-def _model(config: SweepConfig, name: str) -> None:
-    path = config.path(name)
-    if name in assets.NAMES or (path / loading.INDEX).is_file():
-        return
-    if path.exists():
-        raise ValueError(
-            f"{name} has no {loading.INDEX}, so it is no pipeline; give a folder that save_pretrained wrote"
-        )
-    if not loading.REPOSITORY.fullmatch(name):
-        raise ValueError(
-            f"there is no model {name!r}; choose {', '.join(assets.NAMES)}, a folder, or owner/name of the hub"
-        )
-
-
 def _lora(config: SweepConfig, name: str) -> None:
     path = config.path(name)
     if path.is_file():
@@ -336,9 +302,3 @@ def _lora(config: SweepConfig, name: str) -> None:
         raise ValueError(f"{name} holds no .safetensors; give a LoRA's folder or file")
     elif not path.exists() and (path.suffix in _WEIGHTS or not loading.REPOSITORY.fullmatch(name)):
         raise ValueError(f"there is no LoRA {name!r}; give a .safetensors file, a folder, or owner/name of the hub")
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """A cure: the name that was meant, or all."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
 
-from flowkit.eval.sweep import cells, checks, identity, reading
-from flowkit.eval.sweep.axes import GROUPS, STRICT, WANTED, Guidance, OptionalText, Range, Steps, Text, normalised
+from flowkit import reading
+from flowkit.eval.sweep import cells, checks, identity
+from flowkit.eval.sweep.axes import WANTED, Guidance, OptionalText, Range, Steps, normalised
 from flowkit.eval.sweep.cells import Cell
-from flowkit.eval.sweep.reading import Fault, Place, Places, shown
+from flowkit.reading import Fault, Places
+from flowkit.validation import STRICT, Text, told, unreadable
 
 _NAME = 100  # characters
 
@@ -182,14 +183,14 @@ def read(source: Source, base: Path | None = None) -> SweepConfig:
         file, (data, places) = None, (reading.plain(source), Places())
     else:
         file, (data, places) = Path(source).resolve(), reading.read_yaml(source)
-    if faults := list(checks.unreadable(data)):
+    if faults := list(unreadable(data)):
         raise places.error(faults)
     if data.get("name") is None:
         data["name"] = "sweep" if file is None else file.stem[:_NAME]
     try:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
-        raise places.error(_told(error, data, places)) from error
+        raise places.error(told(error, data, places, SweepConfig)) from error
     config._file, config._base = file, base or (Path() if file is None else file.parent)
     if faults := list(checks.check(config)):
         raise places.error(map(_as_written, faults) if isinstance(data["axes"], dict) else faults)
@@ -200,58 +201,3 @@ def _as_written(fault: Fault) -> Fault:
     """A fault where axes are one mapping in the file, and no list."""
     place, text = fault
     return (place[:1] + place[2:] if place[:2] == ("axes", 0) else place), text
-
-
-def _told(error: ValidationError, data: Any, places: Places) -> Iterator[Fault]:  # noqa: ANN401
-    """The faults that pydantic found, each once, in our words."""
-    seen = set[Place]()
-    for one in error.errors():
-        place, value = _reached(one["loc"], data)
-        if one["type"] == "missing":
-            place = one["loc"]
-        if (
-            place in seen or one["type"] == "default_factory_not_called"
-        ):  # the fault is in what the default is made from
-            continue
-        seen.add(place)
-        inner = place[0] == "search" and len(place) > 1
-        fields = Search.model_fields if inner else SweepConfig.model_fields
-        name = str(place[1] if inner else place[0])
-        match one["type"]:
-            case "missing":
-                yield place, f"is missing; give {fields[name].description}"
-            case "extra_forbidden":
-                yield place, f"is no field; {_meant(name, fields)}"
-            case "value_error":
-                yield place, str(one["ctx"]["error"])
-            case "sweep":
-                yield place, one["msg"]
-            case _:
-                yield place, f"is {shown(value)}{_word(value, places.word(place))}, not {fields[name].description}"
-
-
-def _word(value: Any, written: str | None) -> str:  # noqa: ANN401
-    """Says how a word became a truth value."""
-    if isinstance(value, bool) and written not in (None, "true", "false"):
-        return f" (YAML takes the word {written} for a truth value; put it in quotes)"
-    return ""
-
-
-def _reached(loc: Place, data: Any) -> tuple[Place, Any]:  # noqa: ANN401
-    """How far a place of pydantic's, which also names kinds of values, leads into the data, and what is there."""
-    place: Place = ()
-    for part in loc:
-        inside = isinstance(data, dict) and part in data
-        if not inside and not (isinstance(data, list) and isinstance(part, int) and part < len(data)):
-            break
-        place, data = (*place, part), data[part]
-    return place, data
-
-
-def _meant(name: str, fields: Mapping[str, Any]) -> str:
-    """A cure for an unknown name."""
-    group, _, own = name.partition(".")
-    if own and group in GROUPS:
-        return f"write {group}: {{{own}: VALUE}}"
-    near = difflib.get_close_matches(name, fields, 1)
-    return f"did you mean {near[0]}?" if near else f"choose {', '.join(fields)}"

@@ -135,9 +135,7 @@ class Worker:
         source = loading.find(model, self.config.variant)
         pipe = loading.load(source, loading.choose_dtype(self.config.dtype, self.device), self.config.variant)
         if lora is not None:
-            if not hasattr(pipe, "load_lora_weights"):
-                raise TypeError(f"{type(pipe).__name__} takes no LoRA; leave out lora {lora!r}")
-            pipe.load_lora_weights(lora, use_safetensors=True)
+            loading.load_lora(pipe, lora)
         pipe.to(self.device)
         self._pipe, self._scheduler, self._loaded = pipe, pipe.scheduler, (model, lora)
 

@@ -16,10 +16,12 @@ import typer
 from typer.core import TyperGroup
 
 from flowkit.cli.declared import MACHINE, WHAT, Device, Labels, Model, NegativePrompt, Offload, Prompt, Variant
+from flowkit.cli.distill import distill
 from flowkit.cli.fid import fid
 from flowkit.cli.report import report
 from flowkit.cli.steps import Numbers, steps
 from flowkit.cli.sweep import sweep
+from flowkit.cli.train import train
 
 # What users cause: a wrong value, a missing or unreadable file, a missing extra, a run that ended in NaN, too little
 # memory.
@@ -199,6 +201,10 @@ def _sample(
     output: Annotated[
         Path, typer.Option(help="Folder of the samples, made if missing; run again to go on after a stop.")
     ],
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="Adapters: a .safetensors file or a folder, such as a student's.", metavar="FILE|DIR"),
+    ] = None,
     prompt: Prompt = None,
     prompts: Annotated[
         Path | None,
@@ -333,6 +339,7 @@ def _sample(
         Options(
             model=model,
             output=output,
+            lora=lora,
             prompts=prompt or (),
             prompts_file=prompts,
             negative_prompt=negative_prompt,
@@ -362,9 +369,11 @@ def _sample(
 
 
 app.command("steps", cls=Numbers)(steps)
+app.add_typer(distill, name="distill")
 app.add_typer(fid, name="fid")
 app.command("report")(report)
 app.add_typer(sweep, name="sweep")
+app.add_typer(train, name="train")
 
 
 def main() -> None:

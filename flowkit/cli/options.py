@@ -45,6 +45,7 @@ class Options:
         variant: of the weights.
         offload: whether networks wait on the CPU until they are needed.
         overwrite: whether samples of other settings in the folder are removed.
+        lora: file or folder of adapters; the scheduler of a distilled student in it is taken too.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Options:
     variant: str | None = None
     offload: bool = False
     overwrite: bool = False
+    lora: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def read(options: Options) -> Request:
         TypeError: for an argument given twice.
     """
     _check_numbers(options)
+    if options.lora is not None and not options.lora.exists():
+        raise FileNotFoundError(f"no LoRA at {options.lora}; check the path")
     knobs = assignments(options.knobs, "--knob")
     grid = None if options.grid is None else read_grid(options.grid)
     for name, value in {"solver": options.solver, "shift": options.shift, "grid": grid}.items():

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object, parse_flag_from_env  # type: ignore[
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowkit import assets
+from flowkit import assets, weights
 from flowkit.cli import USER_ERRORS, media, options, store
 from flowkit.cli.options import Options, Request
 from flowkit.eval.provenance import describe, versions
@@ -120,6 +120,8 @@ def prepare(given: Options, here: torch.device, console: Console) -> Job:
         "versions": versions(),
     }
     rate = given.fps if kind == "video" else media.sampling_rate(pipe) if kind == "sound" else 0
+    if given.lora is not None:
+        settings["lora"] = weights.fingerprint(loading.lora_files(given.lora))
     if kind == "video":
         settings["fps"] = rate
     cut = blocks(pipe, count, inputs=request.rows, batch_size=size, start=given.start)
@@ -147,11 +149,19 @@ def open_model(
             f"--offload moves networks to a GPU when they are needed, and the device is {device}; leave it out"
         )
     source = loading.find(given.model, given.variant)
-    config = loading.scheduler_config(source)
-    if config is not None:  # a wrong name is cheaper to find before the weights are read
-        swap.make(config, given.scheduler, request.knobs, given.eta)
+    request = _as_student(source.folder if given.lora is None else given.lora, request)
+    scheduler: Any = None
+    if given.lora is not None:
+        loading.lora_files(given.lora)
+        scheduler = loading.own_scheduler(given.lora)
+    current = loading.scheduler_config(source) if scheduler is None else scheduler
+    if current is not None:  # a wrong name is cheaper to find before the weights are read
+        swap.make(current, given.scheduler, request.knobs, given.eta)
     console.print(f"loading {given.model} ({source.pipeline})", highlight=False)
     pipe = for_task(loading.load(source, dtype, given.variant), request)
+    if given.lora is not None:
+        loading.load_lora(pipe, given.lora)
+        pipe.scheduler = pipe.scheduler if scheduler is None else scheduler
     if source.name in assets.NAMES and device.type == "cpu":
         torch.set_num_threads(1)  # so small a network gains nothing from more
     request = _scheduled(pipe, given, request)
@@ -161,6 +171,16 @@ def open_model(
     else:
         pipe.to(device)
     return pipe, request, source, device
+
+
+def _as_student(folder: Path, request: Request) -> Request:
+    """The request with the arguments that a distilled student is called with, where others are not given."""
+    call = loading.student_call(folder)
+    if "grid" in request.knobs:
+        call.pop("num_inference_steps", None)
+    own = {name for row in request.rows for name in row}
+    call = {name: value for name, value in call.items() if name not in own}
+    return Request(request.rows, {**call, **request.call}, request.knobs)
 
 
 def for_task(pipe: Any, request: Request) -> Any:  # noqa: ANN401

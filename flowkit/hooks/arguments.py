@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,17 @@ _LATENTS = ("hidden_states", "sample", "latent_model_input", "noisy_latents", "l
 _TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 # Arguments about the shape of a sample, not about the samples of a batch, however long they are.
 _SHARED = frozenset({
-    *("image_rotary_emb", "rotary_embedding", "freqs_cis", "img_ids", "txt_ids", "visual_rope_pos", "text_rope_pos"),
-    *("rope_interpolation_scale", "scale_factor", "sparse_params", "img_shapes", "skip_layers"),
+    *("image_rotary_emb", "rotary_embedding", "freqs_cis", "visual_rope_pos", "text_rope_pos", "rope_interpolation_scale"),
+    *("scale_factor", "sparse_params", "skip_layers", "control_hidden_states_scale"),
 })  # fmt: skip
+# Likewise, but for those of three axes, or lists of lists, which have an entry a row.
+_PLACES = frozenset({"img_ids", "txt_ids", "img_shapes"})
+# Lists with an entry a row, however long the entries are.
+_ENTRIES = frozenset({*_LATENTS, "cap_feats"})
 # Arguments whose samples lie along their second axis.
 _SECOND_AXIS = frozenset({"encoder_hidden_states_llama3"})
+
+Lie = Literal["shared", "rows", "second", "entries", "inside"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,12 @@ class Arguments:
     Attributes:
         args: by position.
         kwargs: by name.
+        names: of the network's parameters, in order, as far as they are known.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    names: tuple[str, ...] = ()
 
     @property
     def latents(self) -> Any:  # noqa: ANN401
@@ -55,13 +63,9 @@ class Arguments:
                 return self.kwargs[name]
         return self.args[1] if len(self.args) > 1 else None
 
-    def named(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns all of them by name.
-
-        Args:
-            names: of the network's parameters, in order.
-        """
-        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+    def named(self) -> dict[str, Any]:
+        """Returns all of them by name, as far as names are known."""
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
     def cut(self, rows: int, picked: Sequence[int]) -> Arguments:
         """Returns the arguments for some rows of the batch.
@@ -70,8 +74,10 @@ class Arguments:
             rows: size of the batch.
             picked: rows to keep, in order.
         """
-        args = tuple(select(value, rows, picked) for value in self.args)
-        return Arguments(args, {name: select(value, rows, picked, name) for name, value in self.kwargs.items()})
+        names = (*self.names, *[""] * len(self.args))
+        args = tuple(select(value, rows, picked, name) for value, name in zip(self.args, names, strict=False))
+        kwargs = {name: select(value, rows, picked, name) for name, value in self.kwargs.items()}
+        return Arguments(args, kwargs, self.names)
 
     def replaced(self, latents: Any, time: Any = None) -> Arguments:  # noqa: ANN401
         """Returns the arguments with another sample and, unless it is None, another time."""
@@ -79,7 +85,8 @@ class Arguments:
         if time is not None:
             new[id(self.time)] = time
         args = tuple(new.get(id(value), value) for value in self.args)
-        return Arguments(args, {name: new.get(id(value), value) for name, value in self.kwargs.items()})
+        kwargs = {name: new.get(id(value), value) for name, value in self.kwargs.items()}
+        return Arguments(args, kwargs, self.names)
 
 
 def select(value: Any, rows: int, picked: Sequence[int], name: str = "") -> Any:  # noqa: ANN401
@@ -92,24 +99,50 @@ def select(value: Any, rows: int, picked: Sequence[int], name: str = "") -> Any:
         picked: rows to keep, in order.
         name: of the argument; some are known not to be of a batch, or to have it along another axis.
     """
+    match lie(value, rows, name):
+        case "second":
+            return take(value.transpose(0, 1), picked).transpose(0, 1)
+        case "rows":
+            if len(value) == rows:
+                return take(value, picked)
+            return take(value.unflatten(0, (rows, -1)), picked).flatten(0, 1)
+        case "entries":
+            return type(value)(value[i] for i in picked)
+        case "inside" if isinstance(value, dict):
+            return {key: select(item, rows, picked, str(key)) for key, item in value.items()}
+        case "inside":
+            return type(value)(select(item, rows, picked, name) for item in value)
+    return value
+
+
+def lie(value: Any, rows: int, name: str = "") -> Lie:  # noqa: ANN401
+    """Returns where the rows of a batch lie in an argument.
+
+    Args:
+        value: the argument.
+        rows: size of the batch.
+        name: of the argument.
+
+    Returns:
+        "rows", along the first axis of a tensor, one or several entries a row; "second", along its second axis; "entries", in a
+        list or tuple, an entry a row; "inside", in what a dict, list or tuple holds; "shared", nowhere.
+    """
     if name in _SHARED:
-        return value
+        return "shared"
     if isinstance(value, Tensor):
         if name in _SECOND_AXIS:
-            return take(value.transpose(0, 1), picked).transpose(0, 1)
-        if not value.ndim or not len(value) or len(value) % rows:
-            return value
-        if len(value) == rows:
-            return take(value, picked)
-        return take(value.unflatten(0, (rows, -1)), picked).flatten(0, 1)
+            return "second"
+        if not value.ndim or not len(value) or len(value) % rows or (name in _PLACES and value.ndim < 3):
+            return "shared"
+        return "rows"
     if isinstance(value, dict):
-        return {key: select(item, rows, picked, str(key)) for key, item in value.items()}
+        return "inside"
     if isinstance(value, (list, tuple)):
-        of_rows = any(isinstance(item, Tensor) and item.ndim and len(item) == rows for item in value)
-        if len(value) == rows and not of_rows:  # an entry a row, rather than batches
-            return type(value)(value[i] for i in picked)
-        return type(value)(select(item, rows, picked, name) for item in value)
-    return value
+        of_rows = all(isinstance(item, Tensor) and item.ndim and len(item) == rows for item in value)
+        if len(value) == rows and (name in _ENTRIES or not of_rows):
+            return "entries"  # rather than batches
+        return "shared" if name in _PLACES else "inside"
+    return "shared"
 
 
 def size(value: Any) -> int:  # noqa: ANN401

@@ -176,7 +176,7 @@ class Engine:
         self._busy = True
         try:
             self._follow()
-            given = Arguments(args, kwargs)
+            given = Arguments(args, kwargs, _parameters(call.network))
             if self.step is not None:
                 return passes.following(self, call, given, self.step)
             with torch.set_grad_enabled(torch.is_grad_enabled() or self._through):
@@ -241,7 +241,7 @@ class Engine:
             level=level,
             step=self._count,
             steps=len(now.timesteps) - self._first,
-            conditioning=calls["cond"].named(_parameters(network)),
+            conditioning=calls["cond"].named(),
         )
         return Step(evaluation, now.sigma(self._index), network, time, calls, asked=asked, passes=1)
 

@@ -1,20 +1,18 @@
-"""Recording a pipeline in memory, and running its network again as it was called."""
+"""Recording a pipeline in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowkit.hooks import layout
 from flowkit.hooks.arguments import Arguments, changes, size
+from flowkit.hooks.denoiser import DenoiserCall, aligned_to
 from flowkit.hooks.levels import TIME_MAPS
 from flowkit.hooks.parts import Level, Part
 from flowkit.hooks.selftest import aligned
-from flowkit.hooks.standins import untouched
 
 KINDS = ("state", "output", "cond", "uncond")
 
@@ -84,12 +82,6 @@ class Trajectory:
                     return call
         raise ValueError(f"a repeated call of the network of {name} does not return what was recorded: it is given sample or "
                          "time in a form that is not known")  # fmt: skip
-
-
-def aligned_to(x: Tensor, like: Tensor) -> Tensor:
-    """Returns a prediction in the arrangement of another; itself where there is none."""
-    found = aligned(x, like)
-    return x if found is None else found
 
 
 class Recorder(Part):
@@ -187,82 +179,3 @@ class Recorder(Part):
         if self.bytes > self.limit:
             raise ValueError(f"the recorder is full: {self.bytes} bytes, and its limit is {self.limit}; raise limit, keep less "
                              f"than {', '.join(self.keep)}, or record fewer samples")  # fmt: skip
-
-
-class DenoiserCall:
-    """A network with the arguments of a recorded call, as a function of sample and time.
-
-    Attributes:
-        network: the module.
-        roles: which rows it can be called for: "cond" and, of a guided pipeline, "uncond".
-        form: how the network is told the time, one of `TIME_MAPS`.
-    """
-
-    def __init__(
-        self,
-        network: torch.nn.Module,
-        calls: dict[str, Arguments],
-        shape: Sequence[int],
-        form: str,
-        total: int,
-        sign: int,
-        level: Level | None,
-    ) -> None:
-        self.network, self.form = network, form
-        self._calls, self._shape, self._total, self._sign = calls, tuple(shape), total, sign
-        self._path = None if level is None else level.path
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Rows that it can be called for."""
-        return tuple(self._calls)
-
-    def fits(self, timestep: float) -> bool:
-        """Whether the recorded call, at this time of the scheduler, told the network the time in this form."""
-        told = self._calls["cond"].time
-        want = float(TIME_MAPS[self.form](torch.tensor(timestep), self._total))
-        return abs(float(torch.as_tensor(told).double().abs().max()) - abs(want)) <= 4e-3 * max(abs(want), 1e-3)
-
-    def __call__(self, x: Tensor, timestep: float, rows: str = "cond") -> Tensor:
-        """Returns the network's prediction, as ``scheduler.step`` expects it.
-
-        Args:
-            x: noisy samples in the path's coordinates, of the recorded shape; gradients go through.
-            timestep: of the scheduler.
-            rows: "cond" or "uncond".
-
-        Returns:
-            The prediction, shape of ``x``, without the channels of a learned variance.
-
-        Raises:
-            ValueError: for rows that were not recorded, or samples of another shape.
-        """
-        if rows not in self._calls:
-            raise ValueError(f"no {rows!r} rows were recorded, only {', '.join(self._calls)}; record a guided call")
-        if tuple(x.shape) != self._shape:
-            raise ValueError(f"got samples of shape {tuple(x.shape)}, recorded were {self._shape}")
-        call = self._calls[rows]
-        call = call.replaced(self._input(x, call.latents, timestep), self._told(timestep, call.time))
-        value = layout.split(layout.read(untouched(self.network)(*call.args, **call.kwargs)), x)[0]
-        return self._sign * aligned_to(value, x)
-
-    def _input(self, x: Tensor, old: Any, timestep: float) -> Any:  # noqa: ANN401
-        if self._path is not None and self._path.name == "edm":
-            x = x * self._path.input_scale(self._path.at_time(timestep))
-        if not isinstance(old, Tensor):
-            return type(old)(row.to(was.dtype).reshape(was.shape) for row, was in zip(x, old, strict=True))
-        if x.numel() == old.numel():
-            return x.to(old.dtype).reshape(old.shape)
-        # Images beside the sample, along the channels or tokens, stay.
-        for axis, own in enumerate(x.shape):
-            if own < old.shape[axis]:
-                return torch.cat([x.to(old.dtype), old.narrow(axis, own, old.shape[axis] - own)], axis)
-        raise ValueError(f"the network's input has shape {tuple(old.shape)}, the sample {tuple(x.shape)}")
-
-    def _told(self, timestep: float, old: Any) -> Any:  # noqa: ANN401
-        told = TIME_MAPS[self.form](torch.tensor(timestep), self._total)
-        if not isinstance(old, Tensor):
-            return type(old)(told)
-        # Frames or tokens that are given have time 0, and keep it.
-        size = old.abs()
-        return torch.where(size == size.max(), told.to(old.device), old.to(told.dtype)).to(old.dtype)

@@ -37,10 +37,12 @@ class Places:
     Attributes:
         file: name of the file; None for a mapping of Python.
         root: its nodes.
+        what: the file as a whole holds, such as "sweep".
     """
 
     file: str | None = None
     root: yaml.Node | None = None
+    what: str = "sweep"
     _keys: dict[int, dict[Any, tuple[yaml.Node, yaml.Node]]] = field(default_factory=dict)
 
     def line(self, place: Place) -> int | None:
@@ -64,7 +66,7 @@ class Places:
         told = []
         for place, text in ordered[:_SHOWN]:
             line = self.line(place)
-            told.append(f"{'' if line is None else f'line {line}: '}{named(place)} {text}")
+            told.append(f"{'' if line is None else f'line {line}: '}{named(place) or f'the {self.what}'} {text}")
         if len(ordered) > _SHOWN:
             told.append(f"and {len(ordered) - _SHOWN} more")
         return ValueError(("" if self.file is None else f"{self.file}, ") + "\n".join(told))
@@ -93,11 +95,11 @@ class Places:
 
 
 def named(place: Place) -> str:
-    """Returns a place as people write it: ``axes.steps[2]``."""
+    """Returns a place as people write it: ``axes.steps[2]``; nothing for the top."""
     text = ""
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "the sweep"
+    return text
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
@@ -106,8 +108,12 @@ def shown(value: Any) -> str:  # noqa: ANN401
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_yaml(path: str | PathLike[str]) -> tuple[dict[str, Any], Places]:
+def read_yaml(path: str | PathLike[str], what: str = "sweep") -> tuple[dict[str, Any], Places]:
     """Reads one mapping.
+
+    Args:
+        path: of the file.
+        what: it holds, for messages.
 
     Raises:
         FileNotFoundError: where there is no file.
@@ -115,10 +121,10 @@ def read_yaml(path: str | PathLike[str]) -> tuple[dict[str, Any], Places]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no sweep file at {path}; check the path")
+        raise FileNotFoundError(f"no {what} file at {path}; check the path")
     if (size := path.stat().st_size) > _BYTES:
         raise ValueError(
-            f"{path.name} has {size:,} bytes, far more than a sweep; keep long lists in files of their own"
+            f"{path.name} has {size:,} bytes, far more than a {what}; keep long lists in files of their own"
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -127,10 +133,10 @@ def read_yaml(path: str | PathLike[str]) -> tuple[dict[str, Any], Places]:
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deep; a sweep has a few levels") from error
+        raise ValueError(f"{path.name} is nested too deep; a {what} has a few levels") from error
     except yaml.YAMLError as error:
-        raise _reworded(error, text, path.name) from error
-    places = Places(path.name, root)
+        raise _reworded(error, text, path.name, what) from error
+    places = Places(path.name, root, what)
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path.name} holds no settings; write `name: value`, one a line")
     faults: list[Fault] = []
@@ -247,7 +253,7 @@ def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401
     return text
 
 
-def _reworded(error: yaml.YAMLError, text: str, file: str) -> ValueError:
+def _reworded(error: yaml.YAMLError, text: str, file: str, what: str) -> ValueError:
     """PyYAML's error in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if isinstance(error, yaml.reader.ReaderError):
@@ -258,7 +264,7 @@ def _reworded(error: yaml.YAMLError, text: str, file: str) -> ValueError:
     line = mark.line + 1 if mark is not None else 1
     context = getattr(error, "context", None) or ""
     if "single document" in context:
-        return ValueError(f"{file}, line {line}: a second document begins here; keep one sweep a file")
+        return ValueError(f"{file}, line {line}: a second document begins here; keep one {what} a file")
     if "\\t" in str(problem):
         return ValueError(f"{file}, line {line}: there is a tab; indent with spaces")
     return ValueError(f"{file}, line {line}: no YAML, {problem}{f' {context}' if context else ''}; correct the line")

@@ -1,0 +1,394 @@
+"""What a distillation does, whatever its method: checks, records, trains, measures, saves, round by round."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from flowkit.analytic import MixtureDenoiser
+from flowkit.distill import card, folders, panel, stage, trainer
+from flowkit.distill import student as students
+from flowkit.distill.card import Score
+from flowkit.distill.conditions import Conditions
+from flowkit.distill.draw import Draw
+from flowkit.distill.fine import Runs
+from flowkit.distill.method import Method, sampler
+from flowkit.distill.pairs import Held
+from flowkit.distill.reflow import check_whole
+from flowkit.distill.settings import Training
+from flowkit.distill.shards import Trajectories
+from flowkit.distill.student import LoRA
+from flowkit.distill.trajectories import record
+from flowkit.distill.watch import Pairs, Watch, rows
+from flowkit.eval.harness import evaluate
+from flowkit.eval.intervals import Figure
+from flowkit.eval.processes import Processes
+from flowkit.eval.provenance import describe, fingerprint, first_difference, hash_inputs
+from flowkit.eval.runs import write_json
+from flowkit.grids import Grid
+from flowkit.pipelines import ClassConditionalPipeline
+from flowkit.pipelines.sampling import Inputs, as_inputs, parameters
+from flowkit.progress import bar
+from flowkit.schedulers import RectifiedFlowScheduler
+
+_FORMAT = "flowkit.distill/2"
+SAMPLES = 10_000
+# Held out of the training, to watch it: a twentieth, of so many at most.
+_HELD_OUT, _MOST = 20, 200
+_PICTURES = 20
+
+
+class Distillation:
+    """A run of a method: what it was asked for, checked, and what it does; arguments as of `flowkit.distill.run`."""
+
+    def __init__(
+        self,
+        method: Method,
+        teacher: Any,  # noqa: ANN401
+        inputs: Inputs,
+        samples: int | None,
+        call: Mapping[str, Any] | None,
+        pairs: str | os.PathLike[str] | None,
+        student: nn.Module | None,
+        lora: LoRA | None,
+        training: Training,
+        watched: Mapping[str, Any],
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
+        check_whole(batch_size=batch_size, **({} if samples is None else {"samples": samples}))
+        self.method, self.teacher, self.call, self.lora = method, teacher, dict(call or {}), lora
+        self.training, self.seed, self.batch_size, self.given = training, seed, batch_size, student
+        self.watched = watched
+        if inputs is None and isinstance(teacher, ClassConditionalPipeline):
+            inputs = range(teacher.num_classes)
+        self.inputs = inputs
+        self.pairs = None if pairs is None else Trajectories(pairs)
+        least = len(inputs) if isinstance(inputs, Sized) and not isinstance(inputs, Mapping) else 0
+        known = max(SAMPLES, least) if self.pairs is None else len(self.pairs)
+        self.samples = known if samples is None else samples
+        if self.pairs is not None and self.samples > known:
+            raise ValueError(
+                f"{self.pairs.folder} holds {known} samples, and samples={self.samples}; leave samples out"
+            )
+        held_out = min(_MOST, self.samples // _HELD_OUT)
+        self.trained, self.held_out = range(self.samples - held_out), range(self.samples - held_out, self.samples)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns all that the student depends on, in JSON's terms."""
+        scheduler = {k: v for k, v in describe(dict(self.teacher.scheduler.config)).items() if not k.startswith("_")}
+        found = {
+            "format": _FORMAT,
+            "method": self.method.name,
+            "options": describe(asdict(self.method)),  # type: ignore[call-overload]
+            "samples": self.samples,
+            "inputs_sha256": hash_inputs(as_inputs(self.teacher, self.inputs), self.samples),
+            "call": describe(self.call),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "training": self.training.result(),
+            "lora": None if self.lora is None else describe(asdict(self.lora)),
+            "network": None if self.given is None else type(self.given).__qualname__,
+            "pairs": None if self.pairs is None else self.pairs.run,
+            "teacher": type(self.teacher).__qualname__,
+            "teacher_sha256": fingerprint(self.teacher),
+            "scheduler": scheduler,
+        }
+        return dict(json.loads(json.dumps(found)))
+
+    def prepare(self, work: Path, processes: Processes, progress: bool) -> Conditions:
+        """Refuses what cannot be distilled, before hours are spent, and captures the conditioning of every input.
+
+        Raises:
+            TypeError, ValueError, OSError: as of `run`.
+        """
+        processes.agree(lambda: self._check(processes))
+
+        def captured(show: bool) -> Conditions:
+            with bar(show) as display:
+                task = display.add_task("inputs", total=None)
+                return Conditions(
+                    self.teacher, self.inputs, self.samples, call=self.call, batch_size=self.batch_size,
+                    folder=work / folders.CONDITIONS, on_input=lambda rows: display.advance(task, rows),
+                )  # fmt: skip
+
+        predict = processes.agree(lambda: captured(progress and processes.main))
+        processes.agree(lambda: self._check_student(predict))
+        return predict
+
+    def _check(self, processes: Processes) -> None:
+        students.check(self.teacher, self.how)
+        network = getattr(self.teacher, students.denoiser_name(self.teacher))
+        weightless = isinstance(network, MixtureDenoiser) or not any(True for _ in network.parameters())
+        if self.given is None and weightless:
+            raise ValueError(f"the teacher's {type(network).__name__} has no weights that a student could train; pass student=, a "
+                             "network that is called like it")  # fmt: skip
+        if self.given is not None and self.lora is not None:
+            raise ValueError("lora adapts the teacher's network, and student is another; give one of them")
+        if self.given is not None and not isinstance(self.given, ModelMixin):
+            raise TypeError(f"the student is a {type(self.given).__name__}, which could not be saved in a diffusers folder; derive "
+                            "it from diffusers' ModelMixin and ConfigMixin")  # fmt: skip
+        stage.check_reference(self.watched["reference"])
+        if self.method.encodes and self.watched["reference"] is not None:
+            raise ValueError(f"a student of {self.method.name} draws no samples to measure; leave out reference")
+        trainer.check(network if self.given is None else self.given, self.training, processes.count)
+
+    def _check_student(self, predict: Conditions) -> None:
+        self.method.check(predict)
+        if predict.guided:
+            self._check_unguided()
+        if self.pairs is not None:
+            self._check_pairs(self.pairs)
+        if self.given is not None:
+            pipe = students.around(self.teacher, self.given, self.teacher.scheduler)
+            try:
+                Conditions(pipe, self.inputs, 1, call=self.call)
+            except Exception as error:
+                raise ValueError(f"the student, a {type(self.given).__name__}, cannot take the place of the teacher's network: it "
+                                 f"needs to be called and to return alike ({error})") from error  # fmt: skip
+
+    def _check_unguided(self) -> None:
+        """Refuses guidance that cannot be left out of the student's call."""
+        name = _scale_of(self.teacher)
+        known = name in parameters(self.teacher) and name not in as_inputs(self.teacher, self.inputs)(0)
+        if not known or Conditions(self.teacher, self.inputs, 1, call=unguided(self.teacher, self.call)).guided:
+            raise ValueError(f"a student of guided samples is called without guidance, and {name}=1.0 in call does not end that of "
+                             f"a {type(self.teacher).__name__} with these inputs; give {name} in call alone")  # fmt: skip
+
+    def _check_pairs(self, pairs: Trajectories) -> None:
+        """Refuses a recording of another teacher, other inputs or another path."""
+        held = pairs.settings
+        mine = {
+            "pipeline": type(self.teacher).__qualname__,
+            "weights": fingerprint(self.teacher),
+            "inputs": hash_inputs(as_inputs(self.teacher, self.inputs), len(pairs)),
+            "call": describe(self.call),
+            "path": asdict(RectifiedFlowScheduler.from_config(self.teacher.scheduler, solver="euler").path),
+        }
+        theirs = {
+            "pipeline": held["samples"]["pipeline"]["class"],
+            "weights": held["samples"]["pipeline"]["weights_sha256"],
+            "inputs": held["samples"]["inputs_sha256"],
+            "call": held["samples"]["call"],
+            "path": asdict(pairs.scheduler().path),
+        }
+        if found := first_difference(theirs, mine):
+            place, before, now = found
+            raise ValueError(f"the pairs in {pairs.folder} were made with {place} {before!r:.80}, and here it is {now!r:.80}; "
+                             "record them again, or leave out pairs")  # fmt: skip
+        if not pairs.at or pairs.at[0] != 0 or pairs.at[-1] != len(pairs.grid):
+            raise ValueError(
+                f"the recording in {pairs.folder} holds states at {pairs.at}; a method needs the first and the last"
+            )
+        pairs.check_deterministic()
+
+    @property
+    def how(self) -> students.How:
+        """Full or LoRA."""
+        return "full" if self.lora is None else self.lora
+
+    def carry_out(self, predict: Conditions, work: Path, processes: Processes, progress: bool) -> None:
+        """All rounds: records, trains, measures, and saves the last student into the folder."""
+        show = progress and processes.main
+        alone = self.teacher
+        if self.given is not None or stage.sharded():  # the teacher's own network stays whole
+            network = self.given if self.given is not None else copy.deepcopy(predict.network)
+            alone = students.around(self.teacher, network, self.teacher.scheduler)
+        call = unguided(self.teacher, self.call) if predict.guided else dict(self.call)
+        settings = self.settings()  # of the teacher without adapters
+        processes.agree(lambda: self._forecast(alone, predict, work, processes, show))
+        data = self._recorded(self.teacher, self.call, predict, work, 1, progress)
+        with students.prepared(alone, self.how, self.seed) as network:
+            network.to(self.teacher.device)
+            for number in range(1, self.method.rounds + 1):
+                scheduler = self.method.scheduler(self.teacher.scheduler, data)
+                pipe, folder = students.around(alone, network, scheduler), work / f"training-{number}"
+                loss = self.method.loss(predict, data, self.trained)
+                looks = self._looks(pipe, call, data, folder)
+                with students.sampling(network, next(predict.network.parameters()).dtype):
+                    trained = stage.train(
+                        network,
+                        loss,
+                        self.training,
+                        folder,
+                        seed=self.seed,
+                        looks=looks,
+                        processes=processes,
+                        show=show,
+                    )
+                    if number < self.method.rounds:
+                        data = self._recorded(pipe, call, predict, work, number + 1, progress)
+            scores = self._scores(data, looks)
+
+            def save() -> None:
+                whole = self.given if self.given is not None else predict.network
+                saved = students.around(self.teacher, whole, self.teacher.scheduler) if stage.sharded() else alone
+                stage.save(saved, trained, self.how, scheduler, folder, work, self.seed)
+                plain = {k: v for k, v in call.items() if v is None or isinstance(v, (bool, int, float, str))}
+                used = {"steps": self.method.steps or None, "call": plain}
+                write_json(work / folders.SETTINGS, {**settings, "student": used})
+                self._card(predict, call, data, scores, folder, work)
+
+            processes.agree(lambda: save() if processes.main else None)
+
+    def _forecast(self, alone: Any, predict: Conditions, work: Path, processes: Processes, show: bool) -> None:  # noqa: ANN401
+        """Says what the run will take, and refuses a disk without room."""
+        runs = Runs(self.teacher, self.method.solver, inputs=self.inputs, call=self.call, batch_size=self.batch_size)
+        wanted = self.method.recording(runs, predict.guided)
+        kept = len(wanted.grid) + 1 if wanted.at is None else len(wanted.at)
+        bytes_of = math.prod(predict.shape) * predict.dtype.itemsize * kept * len(wanted.keep)
+        blocks = runs.blocks(range(self.samples))
+        runs.scheduler.set_grid(wanted.grid)
+        one = Grid.uniform(1, runs.scheduler.path) if runs.scheduler.path.name not in ("ve", "edm") else runs.anchors(1)
+        updates = [trainer.steps_done(work / f"training-{k + 1}") for k in range(self.method.rounds)]
+        draws = 0 if self.pairs is not None else len(blocks) * runs.evaluations(wanted.grid)
+        with students.prepared(alone, self.how, self.seed) as network:
+            network.to(self.teacher.device)
+            stage.forecast(
+                network, lambda network, draw: self._trial(predict, network, draw), self.training, work, sum(updates), alone,
+                self.lora is not None, processes, show, draw=lambda: list(runs.ends(one, blocks[0])),
+                draws=draws // processes.count, pairs=bytes_of * self.samples, rounds=self.method.rounds,
+            )  # fmt: skip
+
+    def _trial(self, predict: Conditions, network: nn.Module, draw: Draw) -> tuple[Tensor, None]:
+        """As much work as an update, whatever the method."""
+        x = draw.normal(*predict.shape).to(self.teacher.device)
+        s = torch.full((len(x),), predict.start / 2)
+        return predict(network, x, s, draw.indices(self.samples)).square().flatten(1).mean(1), None
+
+    def _recorded(
+        self,
+        pipe: Any,  # noqa: ANN401
+        call: Mapping[str, Any],
+        predict: Conditions,
+        work: Path,
+        number: int,
+        progress: bool,
+    ) -> Trajectories:
+        """What is recorded of the teacher of a round."""
+        if self.pairs is not None and number == 1:
+            return self.pairs
+        runs = Runs(pipe, self.method.solver, inputs=self.inputs, call=call, batch_size=self.batch_size)
+        wanted = self.method.recording(runs, predict.guided and number == 1)
+        return record(
+            pipe, work / f"pairs-{number}", self.samples, wanted.grid, solver=self.method.solver, inputs=self.inputs, call=call,
+            keep=wanted.keep, at=wanted.at, seed=self.seed + number - 1, batch_size=self.batch_size, progress=progress,
+        )  # fmt: skip
+
+    def _looks(self, pipe: Any, call: Mapping[str, Any], data: Trajectories, folder: Path) -> Watch | None:  # noqa: ANN401
+        if self.method.encodes:
+            return None
+        held = None
+        if len(self.held_out) > 1 and "latents" in parameters(pipe):
+            noise, samples = Held(data, self.held_out)(torch.arange(len(self.held_out))).unbind(1)
+            held = Pairs(noise, samples, self.held_out)
+        nodes = 0 if self.method.steps else 16  # at levels that it was not trained at a student says nothing
+        return Watch(
+            pipe, folder, self.method.steps or 1, inputs=self.inputs, call=call, pictures=min(_PICTURES, self.samples), pairs=held,
+            nodes=nodes, seed=self.seed, batch_size=self.batch_size, **self.watched,
+        )  # fmt: skip
+
+    def _scores(self, data: Trajectories, looks: Watch | None) -> list[Score]:
+        """Fréchet distances of the student, and of the teacher at as many steps and as it was recorded."""
+        if self.watched["reference"] is None or looks is None:
+            return []
+        last = rows(looks.folder)[-1]
+        if "fd" not in last:  # the run was gone on with after its last update, and asked for the distance only then
+            last = {**looks(self.training.steps, getattr(looks.pipe, self._component))}
+        found = [Score("student", looks.steps, Figure(last["fd"], last.get("fd_se", math.nan)))]
+        recorded = data.scheduler()
+        recorded.set_grid(data.grid)
+        kinds = (("teacher", looks.steps, sampler(self.teacher.scheduler)),
+                 (f"teacher as recorded ({recorded.method.name})", len(data.grid), recorded))  # fmt: skip
+        for name, steps, scheduler in kinds:
+            pipe = students.around(self.teacher, getattr(self.teacher, self._component), scheduler)
+            with warnings.catch_warnings(), students.as_teacher(self.teacher):
+                warnings.filterwarnings("ignore", "a Frechet distance of")  # every row has the same number of images
+                result = evaluate(
+                    pipe, self.watched["reference"], self.watched["num_images"], seed=self.seed, inputs=self.inputs,
+                    call={**self.call, "num_inference_steps": steps}, batch_size=self.batch_size, progress=False,
+                )  # fmt: skip
+            found.append(Score(name, steps, result.figure("fid")))
+        return found
+
+    def _card(
+        self,
+        predict: Conditions,
+        call: Mapping[str, Any],
+        data: Trajectories,
+        scores: Sequence[Score],
+        folder: Path,
+        work: Path,
+    ) -> None:
+        """Writes the model card."""
+        own = as_inputs(self.teacher, self.inputs)(0)
+        example: dict[str, Any] = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str))}
+        if isinstance(self.teacher, ClassConditionalPipeline):
+            example = {"class_labels": [own["class_labels"]]}
+        elif not example and "prompt" in parameters(self.teacher):
+            example = {"prompt": "..."}
+        history = json.loads((folder / folders.HISTORY).read_text(encoding="utf-8"))["history"]
+        watched, place = rows(folder), folder.relative_to(work)
+        pictures = sorted(folder.glob("samples-*.png"))
+        name = _scale_of(self.teacher)
+        scale = self.call.get(name, parameters(self.teacher)[name].default) if predict.guided else None
+        reference = self.watched["reference"]
+        options = describe(asdict(self.method))  # type: ignore[call-overload]
+        options |= {"evaluations": len(data.grid)} if "evaluations" in options else {}
+        card.write(
+            work,
+            card.Facts(
+                method=self.method.name,
+                teacher=card.named(self.teacher, self.lora is not None),
+                pipeline=type(self.teacher).__name__,
+                steps=self.method.steps or 1,
+                updates=self.training.steps * self.method.rounds,
+                example=example,
+                call={k: v for k, v in call.items() if isinstance(v, (bool, int, float, str))},
+                component=self._component,
+                guidance=None if scale is None else float(scale),
+                pairs=len(data),
+                settings={**options, **self.training.result(), "seed": self.seed},
+                lora=None if self.lora is None else students.LORA_FILE,
+                encoder=self.method.encodes,
+                scores=scores,
+                measured=f"{self.watched['num_images']:,} images against {describe(reference)}" if scores else "",
+                picture=str(place / pictures[-1].name) if pictures else None,
+                panel=str(place / stage.PANEL) if (folder / stage.PANEL).exists() else None,
+                notes=panel.notes(history, watched, self.training.clip),
+            ),
+        )
+
+    @property
+    def _component(self) -> str:
+        return students.denoiser_name(self.teacher)
+
+    def load(self, folder: Path) -> Any:  # noqa: ANN401
+        """Returns the student of a finished run."""
+        around = self.teacher
+        if self.given is not None:
+            around = students.around(self.teacher, self.given, self.teacher.scheduler)
+        return students.load(folder, around)
+
+
+def unguided(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    """Returns the arguments of a pipeline's call without its classifier-free guidance."""
+    return {k: v for k, v in call.items() if not k.startswith("negative_prompt")} | {_scale_of(pipe): 1.0}
+
+
+def _scale_of(pipe: Any) -> str:  # noqa: ANN401
+    """The name of the scale of classifier-free guidance; beside it ``guidance_scale`` is a number that the network is told."""
+    return "true_cfg_scale" if "true_cfg_scale" in parameters(pipe) else "guidance_scale"
