@@ -6,9 +6,7 @@ machine or named.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from torch.nn import functional
 from torch_fidelity import sample_similarity_lpips as theirs
 
 from flowkit import weights
-from flowkit.eval.weight_files import weight_folders
+from flowkit.eval.weight_files import read_pickle, weight_folders
 
 # Name of each file, the start of its sha256 where its publisher states one, and where it comes from.
 TRUNK = ("vgg16-397923af", "397923af", torchvision.models.VGG16_Weights.IMAGENET1K_V1.url)
@@ -74,6 +72,11 @@ class LPIPS:
         return value.flatten()
 
 
+def fits(shape: Sequence[int]) -> bool:
+    """Returns whether samples of a shape are images, (1 or 3, H, W)."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def check(shape: Sequence[int]) -> None:
     """Refuses samples that are no images.
 
@@ -83,7 +86,7 @@ def check(shape: Sequence[int]) -> None:
     Raises:
         ValueError: for latents and others that do not have the shape (1 or 3, H, W).
     """
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if not fits(shape):
         raise ValueError(f"lpips compares images of shape (1 or 3, H, W), and samples here have the shape {tuple(shape)}; latents "
                          "need another distance, such as pseudo-huber")  # fmt: skip
 
@@ -130,16 +133,4 @@ def _find(file: tuple[str, str, str], folders: list[Path]) -> Path:
 
 
 def _read(path: Path, digest: str) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return weights.read(path)[0]
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(digest):
-        raise ValueError(
-            f"{path} has sha256 {found[:8]}..., not {digest}...; it is cut short or another file, copy it again"
-        )
-    try:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is cut short or holds more than tensors ({str(error).splitlines()[0]}); it was not read, get it "
-                         "anew") from error  # fmt: skip
-    return state
+    return weights.read(path)[0] if path.suffix == ".safetensors" else read_pickle(path, digest)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkit import predictions
+from flowkit.distill import lpips
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.draw import Draw, Times
 from flowkit.distill.objective import Metric
@@ -50,7 +51,7 @@ def check_metric(predict: Conditions, metric: str) -> None:
     Raises:
         ValueError: for latents.
     """
-    if metric == "lpips" and (predict.latent or len(predict.shape) != 3 or predict.shape[0] not in (1, 3)):
+    if metric == "lpips" and (predict.latent or not lpips.fits(predict.shape)):
         raise ValueError(f"lpips compares images, and the teacher's samples are latents of shape {predict.shape}; use "
                          "metric='pseudo-huber'")  # fmt: skip
 

@@ -68,16 +68,30 @@ def read_weights(path: str | PathLike[str]) -> Mapping[str, Tensor]:
         )
     if not path.is_file():
         raise FileNotFoundError(f"no Inception weights at {path}; check the path")
+    return read_pickle(path, HASH)
+
+
+def read_pickle(path: Path, digest: str) -> dict[str, Tensor]:
+    """Reads the tensors of a .pth file of a publisher, and nothing that could run.
+
+    Args:
+        path: the file.
+        digest: what its sha256 must begin with; empty where its publisher does not say.
+
+    Raises:
+        ValueError: for a file of another hash, or one that is cut short or holds more than tensors.
+    """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(HASH):
+    if not found.startswith(digest):
         raise ValueError(
-            f"{path} has sha256 {found[:8]}..., not {HASH}...; it is cut short or another file, copy it again"
+            f"{path} has sha256 {found[:8]}..., not {digest}...; it is cut short or another file, copy it again"
         )
     try:
-        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        what = "holds" if digest else "is cut short or holds"  # of a known hash it is whole
         raise ValueError(
-            f"{path} holds more than tensors ({str(error).split(chr(10))[0]}); it was not read, get it anew"
+            f"{path} {what} more than tensors ({str(error).split(chr(10))[0]}); it was not read, get it anew"
         ) from error
     return state
 
