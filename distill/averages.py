@@ -160,7 +160,7 @@ class Averages:
                 found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
                 raise ValueError(f"the average {key!r} of shape {tuple(average.shape)} {found}; it is of another network or other "
                                  "profiles: start in a new folder")  # fmt: skip
-            average.copy_(_spread(tensors[key], average))
+            average.copy_(spread(tensors[key], average))
         self.step = step
 
     def snapshot(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -180,10 +180,10 @@ class Averages:
             raise ValueError(
                 "a snapshot holds power-function averages, and none is followed; pass profiles, such as 0.05, 0.10"
             )
-        whole = {key: _whole(t).to("cpu", dtype) for key, t in self.state().items() if not key.startswith("ema.")}
+        full = {key: whole(t).to("cpu", dtype) for key, t in self.state().items() if not key.startswith("ema.")}
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             profiles = " ".join(map(str, self._profiles))
-            weights.write(folder / f"{self.step:09}{_SUFFIX}", whole, {"step": str(self.step), "profiles": profiles})
+            weights.write(folder / f"{self.step:09}{_SUFFIX}", full, {"step": str(self.step), "profiles": profiles})
 
     def _all(self) -> dict[str, list[Tensor]]:
         return {"ema": self.tensors, **{_key(sigma_rel): average for sigma_rel, average in self._profiles.items()}}
@@ -288,12 +288,15 @@ def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor put together from its shards, in all processes; itself where it has none."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor in the shards of another."""
-    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
-        return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
-    return tensor
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns a tensor where another one lies, in its shards where that has some; what is in shards already as it is."""
+    if isinstance(tensor, DTensor):
+        return tensor
+    if isinstance(like, DTensor) and tensor.ndim:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)

@@ -11,7 +11,7 @@ path, see `flowkit.distill.costs`, and on it the student learns the chords, whos
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 from flowkit.distill import objective
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.fine import Runs, coarse
-from flowkit.distill.method import Recording, sampler
+from flowkit.distill.method import Method, Recording, check_objective, check_whole, sampler
 from flowkit.distill.pairs import PairLoss, check_start
-from flowkit.distill.reflow import check_objective, check_whole
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.shortest import Nodes, shortest_paths, uniform_path
 from flowkit.distill.trainer import Loss
@@ -31,7 +30,7 @@ from flowkit.schedulers import RectifiedFlowScheduler
 
 
 @dataclass(frozen=True)
-class Boss:
+class Boss(Method):
     """Options of BOSS.
 
     Attributes:
@@ -46,7 +45,6 @@ class Boss:
     """
 
     name: ClassVar[str] = "boss"
-    encodes: ClassVar[bool] = False
     steps: int = 4
     anchors: int = 100
     search: int = 100
@@ -65,16 +63,6 @@ class Boss:
     def solver(self) -> str:
         """Solver that the teacher is recorded with: the one whose steps the chords are."""
         return "euler"
-
-    @property
-    def rounds(self) -> int:
-        """How often the student becomes the teacher: once."""
-        return 1
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Settings of the training unless told otherwise."""
-        return {"steps": 3_000}
 
     def check(self, predict: Conditions) -> None:
         """Refuses a prediction that does not tell the sample at pure noise."""

@@ -17,22 +17,20 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from flowkit.analytic import MixtureDenoiser
-from flowkit.distill import card, folders, panel, stage, trainer
+from flowkit.distill import card, folders, stage, trainer
 from flowkit.distill import student as students
 from flowkit.distill.card import Score
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.draw import Draw
 from flowkit.distill.fine import Runs
-from flowkit.distill.method import Method, sampler
+from flowkit.distill.method import Method, check_whole, sampler
 from flowkit.distill.pairs import Held
-from flowkit.distill.reflow import check_whole
 from flowkit.distill.settings import Training
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.student import LoRA
 from flowkit.distill.trajectories import record
-from flowkit.distill.watch import Pairs, Watch, rows
+from flowkit.distill.watch import Pairs, Watch
 from flowkit.eval.harness import evaluate
-from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import Processes
 from flowkit.eval.provenance import describe, fingerprint, first_difference, hash_inputs
 from flowkit.eval.runs import write_json
@@ -231,7 +229,11 @@ class Distillation:
                     )
                     if number < self.method.rounds:
                         data = self._recorded(pipe, call, predict, work, number + 1, progress)
-            scores = self._scores(data, looks)
+            own = []
+            if looks is not None and looks.reference is not None:
+                own.append(stage.score("student", looks, self.training, network))
+            with students.as_teacher(self.teacher):
+                scores = [*own, *self._scores(data, looks)]
 
             def save() -> None:
                 whole = self.given if self.given is not None else predict.network
@@ -302,20 +304,17 @@ class Distillation:
         )  # fmt: skip
 
     def _scores(self, data: Trajectories, looks: Watch | None) -> list[Score]:
-        """Fréchet distances of the student, and of the teacher at as many steps and as it was recorded."""
+        """Fréchet distances of the teacher, at as many steps as the student and as it was recorded."""
         if self.watched["reference"] is None or looks is None:
             return []
-        last = rows(looks.folder)[-1]
-        if "fd" not in last:  # the run was gone on with after its last update, and asked for the distance only then
-            last = {**looks(self.training.steps, getattr(looks.pipe, self._component))}
-        found = [Score("student", looks.steps, Figure(last["fd"], last.get("fd_se", math.nan)))]
+        found = []
         recorded = data.scheduler()
         recorded.set_grid(data.grid)
         kinds = (("teacher", looks.steps, sampler(self.teacher.scheduler)),
                  (f"teacher as recorded ({recorded.method.name})", len(data.grid), recorded))  # fmt: skip
         for name, steps, scheduler in kinds:
             pipe = students.around(self.teacher, getattr(self.teacher, self._component), scheduler)
-            with warnings.catch_warnings(), students.as_teacher(self.teacher):
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "a Frechet distance of")  # every row has the same number of images
                 result = evaluate(
                     pipe, self.watched["reference"], self.watched["num_images"], seed=self.seed, inputs=self.inputs,
@@ -340,9 +339,6 @@ class Distillation:
             example = {"class_labels": [own["class_labels"]]}
         elif not example and "prompt" in parameters(self.teacher):
             example = {"prompt": "..."}
-        history = json.loads((folder / folders.HISTORY).read_text(encoding="utf-8"))["history"]
-        watched, place = rows(folder), folder.relative_to(work)
-        pictures = sorted(folder.glob("samples-*.png"))
         name = _scale_of(self.teacher)
         scale = self.call.get(name, parameters(self.teacher)[name].default) if predict.guided else None
         reference = self.watched["reference"]
@@ -366,9 +362,7 @@ class Distillation:
                 encoder=self.method.encodes,
                 scores=scores,
                 measured=f"{self.watched['num_images']:,} images against {describe(reference)}" if scores else "",
-                picture=str(place / pictures[-1].name) if pictures else None,
-                panel=str(place / stage.PANEL) if (folder / stage.PANEL).exists() else None,
-                notes=panel.notes(history, watched, self.training.clip),
+                **stage.course(folder, work, self.training),
             ),
         )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flowkit.distill import card, couplings, flow_data, folders, objective, panel, stage, student, trainer, watch
+from flowkit.distill import card, couplings, flow_data, folders, objective, stage, student, trainer
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.draw import Draw
 from flowkit.distill.encode import Encoder
@@ -31,7 +30,6 @@ from flowkit.distill.flow import FlowLoss
 from flowkit.distill.flow_data import Material
 from flowkit.distill.settings import Training
 from flowkit.distill.watch import Pairs, Watch
-from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import Processes
 from flowkit.eval.provenance import describe, fingerprint
 from flowkit.eval.references import Reference
@@ -123,7 +121,6 @@ def train_flow(
     material = processes.agree(
         lambda: flow_data.prepare(pipe, data, size=size, alpha=alpha, call=call or {}, **columns)
     )
-    processes.agree(lambda: stage.parts(training, processes))
     settings = processes.agree(lambda: job.settings(material))
     if not (folder / folders.SETTINGS).is_file():
         processes.agree(lambda: material.examples.check(material.decoding) if processes.main else None)
@@ -240,14 +237,18 @@ class _Job:
             )
             model = student.around(self.pipe, network, scheduler)
             looks = processes.agree(lambda: self._looks(model, predict, encode, material, folder))
-            with student.sampling(network, predict.dtype):
+            with student.sampling(network, next(predict.network.parameters()).dtype):
                 trained = stage.train(
                     network, loss, self.training, folder, seed=self.seed, looks=looks, processes=processes, show=show
                 )
             loss.feed.close()
-            if processes.main:
+            scores = [] if looks.reference is None else [stage.score("this model", looks, self.training, network)]
+
+            def save() -> None:
                 stage.save(self.pipe, trained, self._how, scheduler, folder, work, self.seed)
-                self._card(material, folder, work)
+                self._card(material, scores, folder, work)
+
+            processes.agree(lambda: save() if processes.main else None)
 
     def _apart(self) -> Any:  # noqa: ANN401
         """The pipeline with a network that may be cut into shards; its own stays whole."""
@@ -257,7 +258,9 @@ class _Job:
 
     def _loss(self, predict: Conditions, material: Material, encode: Encoder, processes: Processes) -> FlowLoss:
         batch = self.training.batch_size
-        parts = stage.parts(self.training, processes) if self.coupling == "independent" else [range(batch)]
+        parts = [range(batch)]
+        if self.coupling == "independent":
+            parts = self.training.parts(processes.count, processes.rank)
         feed = Feed(material.examples, batch, self.seed, parts, flip=self.flip, workers=self.workers)
         return FlowLoss(
             predict, feed, encode, material.numbers, material.null, self.dropout, objective.times(self.times), self.coupling,
@@ -290,18 +293,12 @@ class _Job:
         places = [material.shown.index(int(material.numbers[i])) for i in chosen]
         return Pairs(torch.cat(noise), torch.cat(samples), places, matched=False)
 
-    def _card(self, material: Material, folder: Path, work: Path) -> None:
+    def _card(self, material: Material, scores: Sequence[card.Score], folder: Path, work: Path) -> None:
         """Writes the model card."""
         example = dict(material.inputs[material.shown[0]])
         if isinstance(self.pipe, ClassConditionalPipeline):
             example = {"class_labels": [example["class_labels"]]}
-        history = json.loads((folder / folders.HISTORY).read_text(encoding="utf-8"))["history"]
-        rows = watch.rows(folder)
         steps, reference = self.look["steps"], self.look["reference"]
-        scores = []
-        if reference is not None:
-            scores.append(card.Score("this model", steps, Figure(rows[-1]["fd"], rows[-1].get("fd_se", math.nan))))
-        pictures = sorted(folder.glob("samples-*.png"))
         own = ("init", "times", "coupling", "dropout", "flip", "seed")
         card.write(
             work,
@@ -319,9 +316,7 @@ class _Job:
                 lora=None if self.lora is None else student.LORA_FILE,
                 scores=scores,
                 measured=f"{self.look['num_images']:,} images against {describe(reference)}" if scores else "",
-                picture=f"{TRAINING}/{pictures[-1].name}" if pictures else None,
-                panel=f"{TRAINING}/{stage.PANEL}" if (folder / stage.PANEL).exists() else None,
-                notes=panel.notes(history, rows, self.training.clip),
+                **stage.course(folder, work, self.training),
             ),
         )
 

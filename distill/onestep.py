@@ -12,16 +12,15 @@ A student is made for its number of steps: with others it is worse than its teac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flowkit.distill import objective
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.fine import Runs
-from flowkit.distill.method import Recording, sampler
+from flowkit.distill.method import Method, Recording, check_objective, check_whole, ends, sampler
 from flowkit.distill.pairs import PairLoss, check_metric, check_start
-from flowkit.distill.reflow import check_objective, check_whole, ends
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.trainer import Loss
 from flowkit.grids import Grid
@@ -30,7 +29,7 @@ from flowkit.schedulers import RectifiedFlowScheduler
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(Method):
     """Options of distillation to one step or a few.
 
     Attributes:
@@ -46,7 +45,6 @@ class OneStep:
     """
 
     name: ClassVar[str] = "onestep"
-    encodes: ClassVar[bool] = False
     steps: int = 1
     evaluations: int | None = None
     solver: str = "unipc"
@@ -55,16 +53,6 @@ class OneStep:
     def __post_init__(self) -> None:
         check_whole(steps=self.steps, evaluations=1 if self.evaluations is None else self.evaluations)
         check_objective("noise", self.metric, "x0")
-
-    @property
-    def rounds(self) -> int:
-        """How often the student becomes the teacher: once."""
-        return 1
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Settings of the training unless told otherwise."""
-        return {"steps": 3_000}
 
     def check(self, predict: Conditions) -> None:
         """Refuses a prediction that does not tell the sample at pure noise, and latents where pixels are needed."""

@@ -17,23 +17,22 @@ and is sampled in k steps, one a phase: the DDIM step, which is Euler's in every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from flowkit.distill import objective
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.fine import Runs, coarse
-from flowkit.distill.method import Recording, sampler
+from flowkit.distill.method import Method, Recording, check_objective, check_whole, ends, sampler
 from flowkit.distill.pairs import PairLoss, check_metric, check_start
-from flowkit.distill.reflow import check_objective, check_whole, ends
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.trainer import Loss
 from flowkit.schedulers import RectifiedFlowScheduler
 
 
 @dataclass(frozen=True)
-class RectifiedDiffusion:
+class RectifiedDiffusion(Method):
     """Options of Rectified Diffusion.
 
     Attributes:
@@ -50,7 +49,6 @@ class RectifiedDiffusion:
     """
 
     name: ClassVar[str] = "rectified-diffusion"
-    encodes: ClassVar[bool] = False
     phases: int = 1
     evaluations: int | None = None
     solver: str = "unipc"
@@ -68,19 +66,9 @@ class RectifiedDiffusion:
         check_objective(self.times, self.metric, "x0")
 
     @property
-    def rounds(self) -> int:
-        """How often the student becomes the teacher: once."""
-        return 1
-
-    @property
     def steps(self) -> int:
         """Network evaluations that the student is made for; 0, any number, with one phase."""
         return self.phases if self.phases > 1 else 0
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Settings of the training unless told otherwise."""
-        return {"steps": 3_000}
 
     def check(self, predict: Conditions) -> None:
         """Refuses a prediction that does not tell the sample at pure noise, and latents where pixels are needed."""

@@ -13,25 +13,22 @@ sampler asks for, and the rest keeps the paths in between. The paper's own choic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flowkit.distill import objective
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.fine import Runs
-from flowkit.distill.method import Recording, sampler
+from flowkit.distill.method import Method, Recording, check_objective, check_whole, ends, sampler
 from flowkit.distill.pairs import PairLoss, check_metric, check_start
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.trainer import Loss
 from flowkit.schedulers import RectifiedFlowScheduler
 
-# UniPC is at the embedded teachers' own FD after 6 steps, Euler after 32; guidance bends paths.
-PLAIN, GUIDED = 8, 25
-
 
 @dataclass(frozen=True)
-class Reflow:
+class Reflow(Method):
     """Options of reflow.
 
     Attributes:
@@ -47,7 +44,6 @@ class Reflow:
     """
 
     name: ClassVar[str] = "reflow"
-    encodes: ClassVar[bool] = False
     rounds: int = 1
     evaluations: int | None = None
     solver: str = "unipc"
@@ -58,16 +54,6 @@ class Reflow:
     def __post_init__(self) -> None:
         check_whole(rounds=self.rounds, evaluations=1 if self.evaluations is None else self.evaluations)
         check_objective(self.times, self.metric, self.space)
-
-    @property
-    def steps(self) -> int:
-        """Network evaluations that the student is made for: one is the aim, and any number will do."""
-        return 0
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Settings of the training unless told otherwise."""
-        return {"steps": 3_000}
 
     def check(self, predict: Conditions) -> None:
         """Refuses a prediction that does not tell the sample at pure noise, and latents where pixels are needed."""
@@ -86,40 +72,3 @@ class Reflow:
     def scheduler(self, teacher: Any, data: Trajectories) -> RectifiedFlowScheduler:  # noqa: ANN401
         """Returns the student's scheduler: Euler on an even grid."""
         return sampler(teacher)
-
-
-def ends(runs: Runs, evaluations: int | None, guided: bool) -> Recording:
-    """Returns the recording of first and last states.
-
-    Args:
-        runs: of the teacher.
-        evaluations: of the teacher for each pair; None means 8 without and 25 with guidance.
-        guided: whether it is.
-    """
-    count = evaluations or (GUIDED if guided else PLAIN)
-    return Recording(runs.anchors(count), (0, count))
-
-
-def check_whole(**numbers: Any) -> None:  # noqa: ANN401
-    """Refuses what is no whole number of at least 1.
-
-    Raises:
-        ValueError: quoting name and value.
-    """
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{name} must be a whole number of at least 1, got {value!r}; leave it out for the default"
-            )
-
-
-def check_objective(times: str | Sequence[float], metric: str, space: str) -> None:
-    """Refuses unknown distributions of times, metrics and spaces.
-
-    Raises:
-        ValueError: quoting the value.
-    """
-    objective.times(times)
-    objective.metric(metric)
-    if space not in ("model", "x0"):
-        raise ValueError(f"unknown space {space!r}; choose model or x0")

@@ -11,7 +11,7 @@ at a noise level of 1e-6. `flowkit.distill.invert` with ``steps=1`` takes the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,16 +19,15 @@ from flowkit.distill import objective
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.fine import Runs
 from flowkit.distill.invert import check_noise
-from flowkit.distill.method import Recording, sampler
+from flowkit.distill.method import Method, Recording, check_objective, check_whole, ends, sampler
 from flowkit.distill.pairs import PairLoss
-from flowkit.distill.reflow import check_objective, check_whole, ends
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.trainer import Loss
 from flowkit.schedulers import RectifiedFlowScheduler
 
 
 @dataclass(frozen=True)
-class Reverse:
+class Reverse(Method):
     """Options of reverse distillation.
 
     Attributes:
@@ -55,19 +54,9 @@ class Reverse:
         check_objective("uniform", self.metric, "model")
 
     @property
-    def rounds(self) -> int:
-        """How often the student becomes the teacher: once."""
-        return 1
-
-    @property
     def steps(self) -> int:
         """Network evaluations that the student is made for."""
         return 1
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Settings of the training unless told otherwise."""
-        return {"steps": 3_000}
 
     def check(self, predict: Conditions) -> None:
         """Refuses a prediction that does not tell the noise of a sample."""

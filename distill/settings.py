@@ -113,6 +113,11 @@ class Training:
             raise ValueError(f"a batch of {self.batch_size} rows cannot be cut into {parts} even parts ({processes} processes, "
                              f"accumulate={self.accumulate}); choose a multiple")  # fmt: skip
 
+    def parts(self, processes: int, rank: int) -> list[range]:
+        """Returns the rows of the global batch that one of so many processes takes, part by part."""
+        size, first = self.batch_size // (processes * self.accumulate), rank * self.accumulate
+        return [range((first + k) * size, (first + k + 1) * size) for k in range(self.accumulate)]
+
     def check_tracker(self) -> None:
         """Refuses a tracker that cannot be used.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,13 @@ from torch import nn
 
 from flowkit.distill import folders, panel, trainer, watch
 from flowkit.distill import student as students
+from flowkit.distill.card import Score
 from flowkit.distill.draw import Draw
 from flowkit.distill.estimate import Estimate, weights_of
 from flowkit.distill.settings import Training
 from flowkit.distill.trainer import Loss
 from flowkit.distill.watch import Watch
+from flowkit.eval.intervals import Figure
 from flowkit.eval.processes import Processes
 from flowkit.eval.runs import write_json
 from flowkit.progress import bar
@@ -41,12 +45,6 @@ def check_reference(reference: object) -> None:
     if sharded() and reference is not None:
         raise ValueError("a network in shards (FSDP) is in step on all processes, which a Fréchet distance is not; leave out "
                          "reference, and measure the student with flowkit fid")  # fmt: skip
-
-
-def parts(how: Training, processes: Processes) -> list[range]:
-    """Returns the rows of an update that the trainer asks a process for, part by part."""
-    size, first = how.batch_size // (processes.count * how.accumulate), processes.rank * how.accumulate
-    return [range((first + k) * size, (first + k + 1) * size) for k in range(how.accumulate)]
 
 
 def forecast(
@@ -87,7 +85,7 @@ def forecast(
     """
 
     def update() -> None:
-        for rows in parts(how, processes):
+        for rows in how.parts(processes.count, processes.rank):
             loss(network, Draw(0, 0, how.batch_size, rows))[0].mean().backward()
 
     components = (part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module))
@@ -143,6 +141,38 @@ def train(
         with contextlib.suppress(ImportError):  # no picture without matplotlib
             panel.draw(trained.history, watch.rows(folder), folder / PANEL, how.clip)
     return trained.network
+
+
+def score(name: str, looks: Watch, how: Training, network: nn.Module) -> Score:
+    """Returns the Fréchet distance of the last look at a student; all processes call it.
+
+    Args:
+        name: of the row of the model card.
+        looks: with a reference.
+        how: the settings.
+        network: the student, holding the averaged weights.
+    """
+    last = watch.rows(looks.folder)[-1]
+    if "fd" not in last:  # a run that was gone on with after its last update, and asks for the distance only now
+        last = {**looks(how.steps, network)}
+    return Score(name, looks.steps, Figure(last["fd"], last.get("fd_se", math.nan)))
+
+
+def course(training: Path, work: Path, how: Training) -> dict[str, Any]:
+    """Returns what a model card shows of a training: "picture" and "panel", files below ``work``, or None, and "notes".
+
+    Args:
+        training: folder of the training.
+        work: that of the card.
+        how: the settings.
+    """
+    history = json.loads((training / folders.HISTORY).read_text(encoding="utf-8"))["history"]
+    place, pictures = training.relative_to(work), sorted(training.glob("samples-*.png"))
+    return {
+        "picture": str(place / pictures[-1].name) if pictures else None,
+        "panel": str(place / PANEL) if (training / PANEL).exists() else None,
+        "notes": panel.notes(history, watch.rows(training), how.clip),
+    }
 
 
 def save(

@@ -20,10 +20,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from flowkit import weights
-from flowkit.distill.averages import Averages
+from flowkit.distill.averages import Averages, spread, whole
 from flowkit.distill.draw import Draw
 from flowkit.distill.history import History
 from flowkit.distill.settings import Training
@@ -158,7 +158,6 @@ class _State:
         device = next(network.parameters()).device
         check(network, how, Processes.join(device).count)
         self.accelerator = accelerator = _accelerator(how, device, folder)
-        self.parts = accelerator.num_processes * how.accumulate
         if how.checkpointing:
             _call(network, "enable_gradient_checkpointing")
         self.fused = accelerator.device.type in ("cpu", "cuda") and not getattr(accelerator, "is_fsdp2", False)
@@ -181,20 +180,17 @@ class _State:
         how, accelerator = self.how, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = how.rate(self.step)
-        size = how.batch_size // self.parts
         total = torch.zeros((), device=accelerator.device)
-        for part in range(how.accumulate):
-            first = (accelerator.process_index * how.accumulate + part) * size
-            draw = Draw(self.seed, self.step, how.batch_size, range(first, first + size))
-            whole = part + 1 == how.accumulate
-            with contextlib.nullcontext() if whole else accelerator.no_sync(self.network):
-                losses, s = loss(self.network, draw)
+        parts = how.parts(accelerator.num_processes, accelerator.process_index)
+        for rows in parts:
+            with contextlib.nullcontext() if rows is parts[-1] else accelerator.no_sync(self.network):
+                losses, s = loss(self.network, Draw(self.seed, self.step, how.batch_size, rows))
                 accelerator.backward(losses.float().mean() / how.accumulate)
             total += losses.detach().float().mean() / how.accumulate
             self.history.add(losses.detach(), s)
         accelerator.unscale_gradients()
         norm = nn.utils.clip_grad_norm_(self.named.values(), how.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        norm = whole(torch.as_tensor(norm))
         self._check(float(total), float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -242,8 +238,8 @@ class _State:
         main = self.accelerator.is_main_process
         for key, value in tensors.items():  # all processes take part in putting together what is sharded
             if isinstance(value, DTensor):
-                whole = value.full_tensor().detach()
-                tensors[key] = whole.cpu() if main else torch.empty(0)
+                full = whole(value).detach()
+                tensors[key] = full.cpu() if main else torch.empty(0)
         Processes.join(self.accelerator.device).agree(lambda: self._write(tensors) if main else None)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -275,12 +271,12 @@ class _State:
                 shape = "nothing" if found is None else f"a tensor of shape {tuple(found.shape)}"
                 raise ValueError(f"{file} holds {shape} for {name}, the network {tuple(parameter.shape)}; it belongs to another "
                                  "training: choose another folder")  # fmt: skip
-            parameter.copy_(_placed(found, parameter))
+            parameter.copy_(spread(found, parameter))
             start = f"optimizer.{name}."
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             if own:  # the count of updates is a number, which AdamW keeps on the CPU unless it is fused
                 self.optimizer.state[parameter] = {
-                    k: _placed(v, parameter) if v.ndim or self.fused else v for k, v in own.items()
+                    k: spread(v, parameter) if v.ndim or self.fused else v for k, v in own.items()
                 }
         averages = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         self.averages.restore(averages, int(facts["step"]))
@@ -310,13 +306,6 @@ class _State:
 def _call(network: Any, method: str) -> None:  # noqa: ANN401
     """Calls a method of models of diffusers, which other modules have not."""
     getattr(network, method)()
-
-
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor where another one lies, in its parts where that is in parts; numbers as they are."""
-    if isinstance(like, DTensor) and value.ndim:
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value.to(like.device)
 
 
 def _accelerator(how: Training, device: torch.device, folder: Path) -> Any:  # noqa: ANN401
