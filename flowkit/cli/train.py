@@ -50,7 +50,7 @@ def flow(
     batch_size: Annotated[
         int, typer.Option(help="Images of an update, over all processes.", metavar="N", rich_help_panel=_TRAINING)
     ] = 64,
-    rate: Annotated[
+    learning_rate: Annotated[
         float, typer.Option(help="Highest learning rate, of AdamW.", metavar="X", rich_help_panel=_TRAINING)
     ] = 1e-3,
     ema: Annotated[
@@ -172,7 +172,7 @@ def flow(
         training={
             "steps": steps,
             "batch_size": batch_size,
-            "learning_rate": rate,
+            "learning_rate": learning_rate,
             "ema": ema,
             "precision": precision,
             "accumulate": accumulate,
