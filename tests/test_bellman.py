@@ -23,6 +23,8 @@ from flowkit.hooks import Trajectory
 from flowkit.pipelines.sampling import sample_images
 from flowkit.schedulers.plans import Plan
 
+from .tiny_parts import grey
+
 # ------------------------------------------------------------------------------------------------- the shortest path
 
 
@@ -288,20 +290,7 @@ def test_saved_costs_are_searched_again_without_a_run(tmp_path: Path) -> None:
 
 
 def ddpm(clip: bool = True) -> diffusers.DDPMPipeline:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-        )
-    return diffusers.DDPMPipeline(unet.eval(), diffusers.DDPMScheduler(clip_sample=clip))
+    return diffusers.DDPMPipeline(grey(), diffusers.DDPMScheduler(clip_sample=clip))
 
 
 def last_states(pipe: Any, levels: Sequence[float], count: int, inputs: Any) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +25,7 @@ from flowkit.distill.settings import Training
 
 from .families import stock_of
 from .tiny import PIPELINES, build
+from .tiny_parts import grey
 
 MEAN, STD = 0.7, 0.5
 
@@ -208,19 +208,7 @@ def test_a_batch_in_parts_is_the_same_batch(coupling: str) -> None:
 
 
 def tiny_digits() -> ClassConditionalPipeline:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=11,
-    )
-    return ClassConditionalPipeline(unet, RectifiedFlowScheduler())
+    return ClassConditionalPipeline(grey(10, block_out_channels=(8, 16), add_attention=True), RectifiedFlowScheduler())
 
 
 def weights_of(pipe: Any) -> dict[str, Tensor]:

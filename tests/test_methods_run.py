@@ -14,6 +14,8 @@ from flowkit import ClassConditionalPipeline, RectifiedFlowScheduler
 from flowkit.distill import Boss, OneStep, RectifiedDiffusion, Reflow, Reverse, Training, Trajectories, invert, run
 from flowkit.distill.pairs import Held
 
+from .tiny_parts import grey
+
 PATHS: dict[str, dict[str, Any]] = {
     "flow": {},
     "vp epsilon": {
@@ -26,21 +28,7 @@ PATHS: dict[str, dict[str, Any]] = {
 
 
 def tiny(kind: str = "flow", classes: int = 4) -> ClassConditionalPipeline:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(16, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-            num_class_embeds=classes + 1,
-        )
-    pipe = ClassConditionalPipeline(unet.eval(), RectifiedFlowScheduler(**PATHS[kind]))
+    pipe = ClassConditionalPipeline(grey(classes, block_out_channels=(16, 16)), RectifiedFlowScheduler(**PATHS[kind]))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

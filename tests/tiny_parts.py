@@ -129,6 +129,25 @@ def pixels(**config: Any) -> diffusers.UNet2DModel:
     )
 
 
+def grey(classes: int | None = None, seed: int = 0, **config: Any) -> diffusers.UNet2DModel:
+    """A network of convolutions on grey 8 by 8 images, with labels, and one for none, where there are classes."""
+    small = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+        "num_class_embeds": classes and classes + 1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.UNet2DModel(**{**small, **config}).eval()
+
+
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
