@@ -189,18 +189,21 @@ def student_call(folder: Path) -> dict[str, Any]:
         folder: of a pipeline or a LoRA; for one that `flowkit.distill.run` did not write nothing is returned.
 
     Raises:
-        ValueError: for a file that is not JSON.
+        ValueError: for a file that is not JSON, or that holds something else.
     """
-    if not (folder / STUDENT).is_file():
+    file = folder / STUDENT
+    if not file.is_file():
         return {}
     try:
-        student = json.loads((folder / STUDENT).read_text(encoding="utf-8")).get("student")
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / STUDENT} is not JSON ({error}); copy the student again") from error
-    if student is None:  # trained from data
-        return {}
-    steps = {} if student["steps"] is None else {"num_inference_steps": student["steps"]}
-    return {**student["call"], **steps}
+        raise ValueError(f"{file} is not JSON ({error}); copy the student again") from error
+    match found:
+        case {"student": {"steps": int() | None as steps, "call": dict() as call}}:
+            return call if steps is None else {**call, "num_inference_steps": steps}
+        case dict() if "student" not in found:  # trained from data
+            return {}
+    raise ValueError(f"{file} does not say how its student is called; copy the student again")
 
 
 def saved_dtype(folder: Path, variant: str | None = None) -> torch.dtype:

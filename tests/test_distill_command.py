@@ -326,3 +326,12 @@ def test_processes_of_accelerate_share_a_run(tmp_path: Path) -> None:
     one, two = (flowkit.ClassConditionalPipeline.from_pretrained(tmp_path / name).unet for name in ("one", "two"))
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"student": []}', '{"student": {"steps": "many", "call": {}}}'])
+def test_a_student_that_does_not_say_how_it_is_called_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "distill.json").write_text(content)
+    with pytest.raises(ValueError, match=r"distill\.json .*; copy the student again"):
+        loading.student_call(tmp_path)
+    (tmp_path / "distill.json").write_text('{"method": "flow"}')
+    assert loading.student_call(tmp_path) == {}
