@@ -140,6 +140,9 @@ class Distillation:
             raise TypeError(f"the student is a {type(self.given).__name__}, which could not be saved in a diffusers folder; derive "
                             "it from diffusers' ModelMixin and ConfigMixin")  # fmt: skip
         stage.check_reference(self.watched["reference"])
+        if stage.sharded() and self.method.rounds > 1:
+            raise ValueError(f"rounds={self.method.rounds}: a student in shards (FSDP) is in step on all processes, which "
+                             "recording is not; run a round at a time, with the student as the next teacher")  # fmt: skip
         if self.method.encodes and self.watched["reference"] is not None:
             raise ValueError(f"a student of {self.method.name} draws no samples to measure; leave out reference")
         trainer.check(network if self.given is None else self.given, self.training, processes.count)

@@ -7,8 +7,6 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from flowkit.distill.averages import synthesize
 from flowkit.distill.draw import Draw
 from flowkit.distill.trainer import train
 
+from .launched import launched
 from .tiny import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,14 +354,11 @@ def test_a_real_network_trains_in_less_memory(precision: str, tmp_path: Path) ->
 
 
 SHARED = """
-import json, os, sys
+import json, sys
 from pathlib import Path
-import torch
 from torch import Tensor, nn
-torch.set_num_threads(1)
-from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 from flowkit.distill import Training, trainer
-PartialState(cpu=True)
 trainer.SAVE_SECONDS = trainer._SAVE_SHARE = 0
 
 class Block(nn.Module):
@@ -391,25 +387,18 @@ folder, stop = Path(sys.argv[1]), int(sys.argv[2])
 def on_step(done):
     if done == stop:
         os._exit(0)
-how = Training(steps=12, batch_size=8, accumulate=int(sys.argv[3]), learning_rate=1e-2, profiles=(0.1,), snapshots=2)
+how = Training(steps=12, batch_size=8, learning_rate=1e-2, profiles=(0.1,), snapshots=2)
 found = trainer.train(Network(), loss, how, folder, on_step=on_step)
+sharded = any(isinstance(p, DTensor) for p in found.network.parameters())
+assert sharded == bool(os.environ.get("ACCELERATE_USE_FSDP"))
 if PartialState().is_main_process:
-    print("HISTORY", json.dumps(found.history))
+    print("HISTORY", json.dumps(found.history), flush=True)
 """
 
 
-def launched(folder: Path, processes: int, stop: int = -1, accumulate: int = 1, fsdp: bool = False) -> Any:
-    script = folder.parent / "shared.py"
-    script.write_text(SHARED)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if fsdp:
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-                        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}  # fmt: skip
-    done = subprocess.run([*command, str(script), str(folder), str(stop), str(accumulate)], capture_output=True, text=True,
-                          env=environment, timeout=240)  # fmt: skip
+def shared(folder: Path, processes: int, stop: int = -1, fsdp: bool = False) -> Any:
+    """The history of a training; None of one that ends itself."""
+    done = launched(SHARED, processes, str(folder), str(stop), fsdp="Block" if fsdp else None)
     if stop >= 0:
         return None
     assert done.returncode == 0, done.stderr[-3000:]
@@ -420,14 +409,14 @@ def launched(folder: Path, processes: int, stop: int = -1, accumulate: int = 1, 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_make_the_same_updates_as_one(fsdp: bool, tmp_path: Path) -> None:
-    one = launched(tmp_path / "one", 1)
-    launched(tmp_path / "two", 2, stop=7, fsdp=fsdp)
+    one = shared(tmp_path / "one", 1)
+    shared(tmp_path / "two", 2, stop=7, fsdp=fsdp)
     assert trainer.steps_done(tmp_path / "two") in (6, 7)
-    two = launched(tmp_path / "two", 2, fsdp=fsdp)
-    alone, shared = (weights.read(tmp_path / name / trainer.CHECKPOINT)[0] for name in ("one", "two"))
-    assert alone.keys() == shared.keys()
+    two = shared(tmp_path / "two", 2, fsdp=fsdp)
+    alone, both = (weights.read(tmp_path / name / trainer.CHECKPOINT)[0] for name in ("one", "two"))
+    assert alone.keys() == both.keys()
     for name, value in alone.items():
-        assert torch.allclose(value, shared[name], atol=1e-5, equal_nan=True), name
+        assert torch.allclose(value, both[name], atol=1e-5, equal_nan=True), name
     for row, other in zip(one, two, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
         for (*_, mean), (*_, again) in zip(row["bands"], other["bands"], strict=True):
