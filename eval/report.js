@@ -93,14 +93,16 @@ function filter() {
 if (tools) {
   tools.addEventListener("input", filter);
   tools.addEventListener("submit", (event) => event.preventDefault());
-  tools.addEventListener("reset", () => setTimeout(filter));
+  // The event "reset" comes before the fields are empty, so the button's own click does both, in turn.
+  const showAll = () => {
+    tools.reset();
+    filter();
+  };
+  tools.querySelector("button").addEventListener("click", showAll);
   // A link to a row that is filtered out shows all rows again.
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[href^='#']");
-    if (link && document.getElementById(link.getAttribute("href").slice(1))?.hidden) {
-      tools.reset();
-      filter();
-    }
+    if (link && document.getElementById(link.getAttribute("href").slice(1))?.hidden) showAll();
   });
 }
 
@@ -123,14 +125,14 @@ function table(format) {
 
 const format = () => fold.querySelector("input:checked").value;
 function write() {
-  if (fold.open) area.value = table(format());
+  area.value = table(format());
 }
+write();
 function say(text) {
   const output = fold.querySelector("output");
   output.textContent = text;
   setTimeout(() => { output.textContent = ""; }, 4000);
 }
-fold.addEventListener("toggle", write);
 all("input", fold).forEach((input) => input.addEventListener("change", write));
 fold.querySelector(".copy").addEventListener("click", () => {
   area.select();
