@@ -55,9 +55,16 @@ class Boss(Method):
         if self.steps > self.anchors or self.search < 2:
             raise ValueError(f"got steps={self.steps}, anchors={self.anchors}, search={self.search}; at most one step an anchor, "
                              "and search on 2 trajectories at least")  # fmt: skip
-        if self.metric == "lpips":
-            raise ValueError("lpips compares images, and BOSS learns velocities; use metric='l2' or 'pseudo-huber'")
+        if self.metric.startswith("lpips"):
+            raise ValueError(
+                f"{self.metric} compares images, and BOSS learns velocities; use metric='l2' or 'pseudo-huber'"
+            )
         check_objective("uniform", self.metric, "model")
+
+    @property
+    def of_ends(self) -> bool:
+        """Whether the student learns from first states and last alone: from all on the grid."""
+        return False
 
     @property
     def solver(self) -> str:
@@ -75,7 +82,7 @@ class Boss(Method):
     def loss(self, predict: Conditions, data: Trajectories, samples: Sequence[int]) -> Loss:
         """Returns the loss on the chords."""
         nodes = self._nodes(data)
-        return PairLoss(predict, data, samples, objective.times([1.0]), objective.metric(self.metric), edges=nodes)
+        return PairLoss(predict, data, samples, objective.times([1.0]), objective.Comparison(self.metric), edges=nodes)
 
     def scheduler(self, teacher: Any, data: Trajectories) -> RectifiedFlowScheduler:  # noqa: ANN401
         """Returns the student's scheduler: Euler on the grid that was found."""

@@ -25,20 +25,21 @@ from flowkit.distill.draw import Draw
 from flowkit.distill.fine import Runs
 from flowkit.distill.method import Method, check_whole, sampler
 from flowkit.distill.pairs import Held
+from flowkit.distill.real import Beside, Real
 from flowkit.distill.settings import Training
 from flowkit.distill.shards import Trajectories
 from flowkit.distill.student import LoRA
+from flowkit.distill.teacher import check_pairs, check_unguided, scale_of, unguided
 from flowkit.distill.trajectories import record
 from flowkit.distill.watch import Pairs, Watch
 from flowkit.eval.harness import evaluate
 from flowkit.eval.processes import Processes
-from flowkit.eval.provenance import describe, fingerprint, first_difference, hash_inputs
+from flowkit.eval.provenance import describe, fingerprint, hash_inputs
 from flowkit.eval.runs import write_json
 from flowkit.grids import Grid
 from flowkit.pipelines import ClassConditionalPipeline
 from flowkit.pipelines.sampling import Inputs, as_inputs, parameters
 from flowkit.progress import bar
-from flowkit.schedulers import RectifiedFlowScheduler
 
 _FORMAT = "flowkit.distill/2"
 SAMPLES = 10_000
@@ -60,6 +61,7 @@ class Distillation:
         pairs: str | os.PathLike[str] | None,
         student: nn.Module | None,
         lora: LoRA | None,
+        real: Any,  # noqa: ANN401
         training: Training,
         watched: Mapping[str, Any],
         seed: int,
@@ -83,7 +85,14 @@ class Distillation:
                 f"{self.pairs.folder} holds {known} samples, and samples={self.samples}; leave samples out"
             )
         held_out = min(_MOST, self.samples // _HELD_OUT)
-        self.trained, self.held_out = range(self.samples - held_out), range(self.samples - held_out, self.samples)
+        self.held_out = range(self.samples - held_out, self.samples)
+        self.real = None if real is None else Real(teacher, real, self.call, seed)
+        self.trained = [*range(self.samples - held_out), *range(self.samples, self.samples + self._reals)]
+
+    @property
+    def _reals(self) -> int:
+        """Number of real images, whose conditioning comes after that of the samples."""
+        return 0 if self.real is None else len(self.real)
 
     def settings(self) -> dict[str, Any]:
         """Returns all that the student depends on, in JSON's terms."""
@@ -105,6 +114,8 @@ class Distillation:
             "teacher_sha256": fingerprint(self.teacher),
             "scheduler": scheduler,
         }
+        if self.real is not None:
+            found["real"] = self.real.description
         return dict(json.loads(json.dumps(found)))
 
     def prepare(self, work: Path, processes: Processes, progress: bool) -> Conditions:
@@ -115,11 +126,16 @@ class Distillation:
         """
         processes.agree(lambda: self._check(processes))
 
+        own = as_inputs(self.teacher, self.inputs)
+
+        def given(index: int) -> Any:  # noqa: ANN401
+            return own(index) if self.real is None or index < self.samples else self.real.inputs(index - self.samples)
+
         def captured(show: bool) -> Conditions:
             with bar(show) as display:
                 task = display.add_task("inputs", total=None)
                 return Conditions(
-                    self.teacher, self.inputs, self.samples, call=self.call, batch_size=self.batch_size,
+                    self.teacher, given, self.samples + self._reals, call=self.call, batch_size=self.batch_size,
                     folder=work / folders.CONDITIONS, on_input=lambda rows: display.advance(task, rows),
                 )  # fmt: skip
 
@@ -143,16 +159,23 @@ class Distillation:
         if stage.sharded() and self.method.rounds > 1:
             raise ValueError(f"rounds={self.method.rounds}: a student in shards (FSDP) is in step on all processes, which "
                              "recording is not; run a round at a time, with the student as the next teacher")  # fmt: skip
+        if self.real is not None and not self.method.of_ends:
+            raise ValueError(
+                f"{self.method.name} learns from whole trajectories, and of a real image only its noise is known; leave out real, "
+                "or take reflow or onestep"
+            )
         if self.method.encodes and self.watched["reference"] is not None:
             raise ValueError(f"a student of {self.method.name} draws no samples to measure; leave out reference")
         trainer.check(network if self.given is None else self.given, self.training, processes.count)
 
     def _check_student(self, predict: Conditions) -> None:
         self.method.check(predict)
+        if self.real is not None:
+            self.real.check(predict)
         if predict.guided:
-            self._check_unguided()
+            check_unguided(self.teacher, self.inputs, self.call)
         if self.pairs is not None:
-            self._check_pairs(self.pairs)
+            check_pairs(self.pairs, self.teacher, self.inputs, self.call)
         if self.given is not None:
             pipe = students.around(self.teacher, self.given, self.teacher.scheduler)
             try:
@@ -160,41 +183,6 @@ class Distillation:
             except Exception as error:
                 raise ValueError(f"the student, a {type(self.given).__name__}, cannot take the place of the teacher's network: it "
                                  f"needs to be called and to return alike ({error})") from error  # fmt: skip
-
-    def _check_unguided(self) -> None:
-        """Refuses guidance that cannot be left out of the student's call."""
-        name = _scale_of(self.teacher)
-        known = name in parameters(self.teacher) and name not in as_inputs(self.teacher, self.inputs)(0)
-        if not known or Conditions(self.teacher, self.inputs, 1, call=unguided(self.teacher, self.call)).guided:
-            raise ValueError(f"a student of guided samples is called without guidance, and {name}=1.0 in call does not end that of "
-                             f"a {type(self.teacher).__name__} with these inputs; give {name} in call alone")  # fmt: skip
-
-    def _check_pairs(self, pairs: Trajectories) -> None:
-        """Refuses a recording of another teacher, other inputs or another path."""
-        held = pairs.settings
-        mine = {
-            "pipeline": type(self.teacher).__qualname__,
-            "weights": fingerprint(self.teacher),
-            "inputs": hash_inputs(as_inputs(self.teacher, self.inputs), len(pairs)),
-            "call": describe(self.call),
-            "path": asdict(RectifiedFlowScheduler.from_config(self.teacher.scheduler, solver="euler").path),
-        }
-        theirs = {
-            "pipeline": held["samples"]["pipeline"]["class"],
-            "weights": held["samples"]["pipeline"]["weights_sha256"],
-            "inputs": held["samples"]["inputs_sha256"],
-            "call": held["samples"]["call"],
-            "path": asdict(pairs.scheduler().path),
-        }
-        if found := first_difference(theirs, mine):
-            place, before, now = found
-            raise ValueError(f"the pairs in {pairs.folder} were made with {place} {before!r:.80}, and here it is {now!r:.80}; "
-                             "record them again, or leave out pairs")  # fmt: skip
-        if not pairs.at or pairs.at[0] != 0 or pairs.at[-1] != len(pairs.grid):
-            raise ValueError(
-                f"the recording in {pairs.folder} holds states at {pairs.at}; a method needs the first and the last"
-            )
-        pairs.check_deterministic()
 
     @property
     def how(self) -> students.How:
@@ -212,6 +200,7 @@ class Distillation:
         settings = self.settings()  # of the teacher without adapters
         processes.agree(lambda: self._forecast(alone, predict, work, processes, show))
         data = self._recorded(self.teacher, self.call, predict, work, 1, progress)
+        data = self._beside(data, predict, predict.network, work, 1, processes, show)
         with students.prepared(alone, self.how, self.seed) as network:
             network.to(self.teacher.device)
             for number in range(1, self.method.rounds + 1):
@@ -232,6 +221,7 @@ class Distillation:
                     )
                     if number < self.method.rounds:
                         data = self._recorded(pipe, call, predict, work, number + 1, progress)
+                        data = self._beside(data, predict, network, work, number + 1, processes, show)
             own = []
             if looks is not None and looks.reference is not None:
                 own.append(stage.score("student", looks, self.training, network))
@@ -260,6 +250,9 @@ class Distillation:
         one = Grid.uniform(1, runs.scheduler.path) if runs.scheduler.path.name not in ("ve", "edm") else runs.anchors(1)
         updates = [trainer.steps_done(work / f"training-{k + 1}") for k in range(self.method.rounds)]
         draws = 0 if self.pairs is not None else len(blocks) * runs.evaluations(wanted.grid)
+        if self.real is not None:
+            draws += math.ceil(self.real.evaluations(predict, wanted.grid) / self.batch_size)
+            bytes_of = math.ceil(bytes_of * (1 + self._reals / self.samples))
         with students.prepared(alone, self.how, self.seed) as network:
             network.to(self.teacher.device)
             stage.forecast(
@@ -292,6 +285,28 @@ class Distillation:
             pipe, work / f"pairs-{number}", self.samples, wanted.grid, solver=self.method.solver, inputs=self.inputs, call=call,
             keep=wanted.keep, at=wanted.at, seed=self.seed + number - 1, batch_size=self.batch_size, progress=progress,
         )  # fmt: skip
+
+    def _beside(
+        self,
+        data: Trajectories,
+        predict: Conditions,
+        network: nn.Module,
+        work: Path,
+        number: int,
+        processes: Processes,
+        show: bool,
+    ) -> Trajectories:
+        """Pairs of a round, and after them those of real images, where there are any."""
+        if self.real is None:
+            return data
+        with bar(show) as display:
+            total = self.real.evaluations(predict, data.grid) // processes.count
+            task = display.add_task("noise of real images", total=total)
+            real = self.real.record(
+                predict, network, data, work / f"real-{number}", self.samples, self.batch_size, processes,
+                lambda rows: display.advance(task, rows),
+            )  # fmt: skip
+        return Beside(data, real, self.samples)
 
     def _looks(self, pipe: Any, call: Mapping[str, Any], data: Trajectories, folder: Path) -> Watch | None:  # noqa: ANN401
         if self.method.encodes:
@@ -342,11 +357,12 @@ class Distillation:
             example = {"class_labels": [own["class_labels"]]}
         elif not example and "prompt" in parameters(self.teacher):
             example = {"prompt": "..."}
-        name = _scale_of(self.teacher)
+        name = scale_of(self.teacher)
         scale = self.call.get(name, parameters(self.teacher)[name].default) if predict.guided else None
         reference = self.watched["reference"]
         options = describe(asdict(self.method))  # type: ignore[call-overload]
         options |= {"evaluations": len(data.grid)} if "evaluations" in options else {}
+        options |= {} if self.real is None else {"real images": len(self.real)}
         card.write(
             work,
             card.Facts(
@@ -379,13 +395,3 @@ class Distillation:
         if self.given is not None:
             around = students.around(self.teacher, self.given, self.teacher.scheduler)
         return students.load(folder, around)
-
-
-def unguided(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    """Returns the arguments of a pipeline's call without its classifier-free guidance."""
-    return {k: v for k, v in call.items() if not k.startswith("negative_prompt")} | {_scale_of(pipe): 1.0}
-
-
-def _scale_of(pipe: Any) -> str:  # noqa: ANN401
-    """The name of the scale of classifier-free guidance; beside it ``guidance_scale`` is a number that the network is told."""
-    return "true_cfg_scale" if "true_cfg_scale" in parameters(pipe) else "guidance_scale"

@@ -8,11 +8,11 @@ Stable Diffusion ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkit import solvers, table
 from flowkit.distill.conditions import Conditions
@@ -69,6 +69,30 @@ def invert(
     check_start(predict)
     check_noise(predict)
     grid = steps if isinstance(steps, Grid) else Runs(pipe, "heun", inputs=inputs, call=call).anchors(steps)
+    rows, found = upwards(predict, grid), []
+    with bar(progress) as display:
+        task = display.add_task("inversion", total=len(rows) * len(samples))
+        for first in range(0, len(samples), batch_size):
+            x = samples[first : first + batch_size].to(pipe.device)
+            numbers = range(first, first + len(x))
+            x = walk(predict, predict.network, rows, x, numbers, lambda count: display.advance(task, count))
+            found.append(x.to(samples.device))
+    states = torch.cat(found)
+    if bad := int((~states.isfinite().flatten(1).all(1)).sum()):
+        raise ValueError(f"{bad} of {len(states)} samples end in NaN or infinity; try float32, or more steps")
+    return states
+
+
+def upwards(predict: Conditions, grid: Grid) -> list[table.Row]:
+    """Returns the rows of the way from samples to noise: Heun's, and Euler's where the grid has one step.
+
+    Args:
+        predict: of the model.
+        grid: levels of the sampler, which are walked in reverse.
+
+    Raises:
+        ValueError: for a grid of another path.
+    """
     path = predict.path
     if grid.path != path.name:
         raise ValueError(
@@ -78,23 +102,34 @@ def invert(
     levels = [path.at_level(level) for level in reversed(grid.sigmas)]
     if path.rhos and len(grid) > 1:
         levels[0] = path.at_level(path.rhos[0])
-    rows = table.build(method, path, predict.prediction, levels)
-    found = []
-    with bar(progress) as display:
-        task = display.add_task("inversion", total=len(rows) * len(samples))
-        for first in range(0, len(samples), batch_size):
-            x = samples[first : first + batch_size].to(pipe.device)
-            x, history = x.to(torch.promote_types(x.dtype, torch.float32)), tuple[Tensor, ...]()
-            for row in rows:
-                s = torch.full((len(x),), row.s, dtype=torch.float64)
-                raw = predict(predict.network, x, s, range(first, first + len(x)))
-                x, history = table.step(row, x, raw, history)
-                display.advance(task, len(x))
-            found.append(x.to(samples.device))
-    states = torch.cat(found)
-    if bad := int((~states.isfinite().flatten(1).all(1)).sum()):
-        raise ValueError(f"{bad} of {len(states)} samples end in NaN or infinity; try float32, or more steps")
-    return states
+    return table.build(method, path, predict.prediction, levels)
+
+
+@torch.no_grad()
+def walk(
+    predict: Conditions,
+    network: nn.Module,
+    rows: Sequence[table.Row],
+    x: Tensor,
+    numbers: Sequence[int],
+    on_rows: Callable[[int], None],
+) -> Tensor:
+    """Returns where some rows lead.
+
+    Args:
+        predict: conditioning.
+        network: that is called.
+        rows: see `upwards`.
+        x: samples, (B, ...), on the network's device.
+        numbers: of the samples, whose conditioning they get.
+        on_rows: called with B after each evaluation.
+    """
+    x, history = x.to(torch.promote_types(x.dtype, torch.float32)), tuple[Tensor, ...]()
+    for row in rows:
+        s = torch.full((len(x),), row.s, dtype=torch.float64)
+        x, history = table.step(row, x, predict(network, x, s, numbers), history)
+        on_rows(len(x))
+    return x
 
 
 def check_noise(predict: Conditions) -> None:

@@ -42,6 +42,7 @@ class Method(Protocol):
         solver: that the teacher is recorded with.
         rounds: how often the student becomes the teacher, >= 1.
         steps: network evaluations that the student is made for; 0 where any number will do.
+        of_ends: whether it learns from first states and last alone.
         training: settings of `flowkit.distill.Training` that it trains with unless told otherwise.
     """
 
@@ -61,6 +62,11 @@ class Method(Protocol):
     def steps(self) -> int:
         """Network evaluations that the student is made for: any number will do."""
         return 0
+
+    @property
+    def of_ends(self) -> bool:
+        """Whether the student learns from first states and last alone, so that real images can be among them."""
+        return True
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -154,6 +160,4 @@ def check_objective(times: str | Sequence[float], metric: str, space: str) -> No
         ValueError: quoting the value.
     """
     objective.times(times)
-    objective.metric(metric)
-    if space not in ("model", "x0"):
-        raise ValueError(f"unknown space {space!r}; choose model or x0")
+    objective.Comparison(metric, space)

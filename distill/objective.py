@@ -15,7 +15,10 @@ from flowkit.distill.lpips import LPIPS
 
 Times = Callable[[int, Generator], Tensor]  # (batch, generator) -> flow times (batch,) in [0, 1], float32; 1 is noise
 _SHARE = 0.75
+_HUBER = 0.00054  # Song & Dhariwal's constant, of both scales below
+_LEAST = 1e-6  # LPIPS falls as s^2, so that divided by s it is 0 at 0
 METRICS = ("l2", "pseudo-huber", "lpips")
+BLENDS = ("lpips-huber", "lpips-huber-1/t")
 
 
 class Metric(Protocol):
@@ -80,6 +83,52 @@ def metric(name: str, *, c: float | None = None, weights: str | os.PathLike[str]
     return _l2 if name == "l2" else _PseudoHuber(c)
 
 
+class Comparison:
+    """How far a network's output is from the one wanted.
+
+    "lpips-huber" is that of Lee, Lin & Fanti 2024 (arXiv 2405.20320, section 4), on the flow path with t the flow time s:
+
+        (1 - t) (sqrt(|v - v*|^2 + c^2) - c) / d  +  LPIPS(x0_hat, x_0),       c = 0.00054 d for d elements,
+
+    and "lpips-huber-1/t" divides its second term by t.
+
+    Args:
+        name: one of `METRICS`, see `metric`, or of `BLENDS`.
+        space: "model" compares outputs, "x0" the states to which they lead; "lpips" always compares the latter, blends both.
+
+    Raises:
+        FileNotFoundError: where the weights of LPIPS are needed and not on this machine.
+        ValueError: for an unknown name or space, and for a blend in the space "x0".
+    """
+
+    def __init__(self, name: str, space: str = "model") -> None:
+        if space not in ("model", "x0"):
+            raise ValueError(f"unknown space {space!r}; choose model or x0")
+        if name in BLENDS and space == "x0":
+            raise ValueError(f"{name} compares outputs and samples, which reflow alone has in its space 'model'; here use lpips or "
+                             "pseudo-huber")  # fmt: skip
+        if name not in (*METRICS, *BLENDS):
+            raise ValueError(f"no distance is called {name!r}; there are {', '.join((*METRICS, *BLENDS))}")
+        self._space = "x0" if name == "lpips" else space
+        self._metric = _huber_of_elements if name in BLENDS else metric(name)
+        self._seen = metric("lpips") if name in BLENDS else None
+        self._divided = name == "lpips-huber-1/t"
+
+    def __call__(self, output: tuple[Tensor, Tensor], state: tuple[Tensor, Tensor], s: Tensor) -> Tensor:
+        """Returns the distance of each row, (B,).
+
+        Args:
+            output: of the network, and the one wanted, (B, ...) each.
+            state: to which the output leads, and the one wanted, (B, ...) each.
+            s: flow time of each row, in [0, 1], (B,).
+        """
+        found = self._metric(*(output if self._space == "model" else state))
+        if self._seen is None:
+            return found
+        s = s.to(found)
+        return (1 - s) * found + self._seen(*state) / (s.clamp_min(_LEAST) if self._divided else 1)
+
+
 def _l2(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().flatten(1).mean(1)
 
@@ -90,9 +139,14 @@ class _PseudoHuber:
 
     def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
         square = (found - wanted).square().flatten(1)
-        c = 0.00054 * math.sqrt(square.shape[1]) if self._c is None else self._c
+        c = _HUBER * math.sqrt(square.shape[1]) if self._c is None else self._c
         total = square.sum(1)
         return total / ((total + c * c).sqrt() + c)  # sqrt(total + c^2) - c, without its cancellation
+
+
+def _huber_of_elements(found: Tensor, wanted: Tensor) -> Tensor:
+    count = found[0].numel()
+    return _PseudoHuber(_HUBER * count)(found, wanted) / count
 
 
 def _uniform() -> Times:

@@ -68,7 +68,7 @@ class OneStep(Method):
         grid = even_grid(predict.path, data.grid.sigmas[0], self.steps)
         levels = [predict.path.at_level(level) for level in grid.sigmas[:-1]]
         times = objective.times([s / levels[0] for s in levels])
-        return PairLoss(predict, data, samples, times, objective.metric(self.metric), "x0")
+        return PairLoss(predict, data, samples, times, objective.Comparison(self.metric, "x0"))
 
     def scheduler(self, teacher: Any, data: Trajectories) -> RectifiedFlowScheduler:  # noqa: ANN401
         """Returns the student's scheduler: Euler on its own levels."""

@@ -26,7 +26,7 @@ from flowkit import predictions
 from flowkit.distill import lpips
 from flowkit.distill.conditions import Conditions
 from flowkit.distill.draw import Draw, Times
-from flowkit.distill.objective import Metric
+from flowkit.distill.objective import Comparison
 from flowkit.distill.shards import Trajectories
 from flowkit.paths import Path
 
@@ -51,8 +51,8 @@ def check_metric(predict: Conditions, metric: str) -> None:
     Raises:
         ValueError: for latents.
     """
-    if metric == "lpips" and (predict.latent or not lpips.fits(predict.shape)):
-        raise ValueError(f"lpips compares images, and the teacher's samples are latents of shape {predict.shape}; use "
+    if metric.startswith("lpips") and (predict.latent or not lpips.fits(predict.shape)):
+        raise ValueError(f"{metric} compares images, and the teacher's samples are latents of shape {predict.shape}; use "
                          "metric='pseudo-huber'")  # fmt: skip
 
 
@@ -128,9 +128,8 @@ class PairLoss:
         pairs: recorded.
         samples: those that are trained on.
         times: distribution of the flow times, over [0, 1] of a line: 1 is its start, 0 its end.
-        metric: between outputs, or states.
-        space: "model", to compare the network's output with the one wanted; "x0", the state where its step leads with the end of
-            the line: the predicted sample with the sample.
+        compare: the network's output with the one wanted, or the state where its step leads with the end of the line: of pairs,
+            the predicted sample with the sample.
         edges: numbers of the recorded levels whose states bound the lines, one after the other, rising; None means the first
             and the last: pairs.
     """
@@ -141,11 +140,10 @@ class PairLoss:
         pairs: Trajectories,
         samples: Sequence[int],
         times: Times,
-        metric: Metric,
-        space: str = "model",
+        compare: Comparison,
         edges: Sequence[int] | None = None,
     ) -> None:
-        self.predict, self.times, self.metric, self.space = predict, times, metric, space
+        self.predict, self.times, self.compare = predict, times, compare
         numbers = [pairs.at[0], pairs.at[-1]] if edges is None else list(edges)
         self.pairs = Held(pairs, samples, [pairs.at.index(number) for number in numbers])
         self.levels = torch.tensor([predict.path.at_level(pairs.grid.sigmas[i]) for i in numbers], dtype=torch.float64)
@@ -157,16 +155,14 @@ class PairLoss:
         parts = len(self.levels) - 1
         part = draw.indices(parts) if parts > 1 else torch.zeros_like(picked)
         start, stop = self.levels[part], self.levels[part + 1]
-        share = draw.times(self.times).double()
-        s = torch.where(share == 1, start, stop + share * (start - stop))
+        share = draw.times(self.times)
+        s = torch.where(share == 1, start, stop + share.double() * (start - stop))
         device = next(network.parameters()).device
         rows, states = torch.arange(len(picked)), self.pairs(picked)
         first, last = (states[rows, i].to(device) for i in (part, part + 1))
         at = line(predict.path, predict.prediction, start, (first, last), s, stop)
         found = predict(network, at.x, s.to(device), self.pairs.numbers(picked)).float()
-        if self.space == "x0":
-            return self.metric(at.p * at.x + at.q * found, last.float()), s
-        return self.metric(found, at.raw), s
+        return self.compare((found, at.raw), (at.p * at.x + at.q * found, last.float()), share), s
 
 
 class Held:

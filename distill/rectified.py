@@ -59,11 +59,16 @@ class RectifiedDiffusion(Method):
         check_whole(phases=self.phases, evaluations=1 if self.evaluations is None else self.evaluations)
         if self.evaluations is not None and self.evaluations % self.phases:
             raise ValueError(f"evaluations={self.evaluations} cannot be cut into {self.phases} phases; take a multiple")
-        if self.metric == "lpips" and self.phases > 1:
+        if self.metric.startswith("lpips") and self.phases > 1:
             raise ValueError(
-                f"lpips compares images, and those between {self.phases} phases are noisy; use metric='pseudo-huber'"
+                f"{self.metric} compares images, and those between {self.phases} phases are noisy; use metric='pseudo-huber'"
             )
         check_objective(self.times, self.metric, "x0")
+
+    @property
+    def of_ends(self) -> bool:
+        """Whether the student learns from first states and last alone: with one phase."""
+        return self.phases == 1
 
     @property
     def steps(self) -> int:
@@ -92,7 +97,8 @@ class RectifiedDiffusion(Method):
             ValueError: for a recording without states between the phases.
         """
         edges = self._recorded(data)
-        return PairLoss(predict, data, samples, objective.times(self.times), objective.metric(self.metric), "x0", edges)
+        compare = objective.Comparison(self.metric, "x0")
+        return PairLoss(predict, data, samples, objective.times(self.times), compare, edges)
 
     def _recorded(self, data: Trajectories) -> list[int]:
         count = len(data.grid)

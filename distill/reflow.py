@@ -8,7 +8,8 @@ the student v learns
 and likewise on other paths and for other predictions, see `flowkit.distill.pairs`. The pairs being deterministic, the same v is
 best for every distribution of s and every metric. By default most of each batch goes to pure noise, the one time that a one-step
 sampler asks for, and the rest keeps the paths in between. The paper's own choice is ``times="uniform"``; that of Lee, Lin & Fanti
-2024 (arXiv 2405.20320) ``times="u-shaped", metric="pseudo-huber"`` or "lpips".
+2024 (arXiv 2405.20320) ``times="u-shaped", metric="lpips-huber-1/t"``, beside pairs of real images (``real`` of
+`flowkit.distill.run`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Reflow(Method):
         evaluations: of the teacher for each pair, >= 1; None means 8 without and 25 with classifier-free guidance.
         solver: that the teacher is recorded with, a deterministic one.
         times: distribution of the flow times of a batch, see `flowkit.distill.objective.times`.
-        metric: "l2", "pseudo-huber" or "lpips", see `flowkit.distill.objective.metric`.
-        space: "model" compares the network's output, "x0" its prediction of the sample.
+        metric: "l2", "pseudo-huber" or "lpips", see `flowkit.distill.objective.metric`; "lpips-huber" or "lpips-huber-1/t", see
+            `flowkit.distill.objective.Comparison`. Those with LPIPS are for pixels alone.
+        space: "model" compares the network's output, "x0" its prediction of the sample, as "lpips" always does.
 
     Raises:
         ValueError: for numbers out of range and unknown names.
@@ -66,8 +68,9 @@ class Reflow(Method):
 
     def loss(self, predict: Conditions, data: Trajectories, samples: Sequence[int]) -> Loss:
         """Returns the loss on the pairs."""
-        times, metric = objective.times(self.times), objective.metric(self.metric)
-        return PairLoss(predict, data, samples, times, metric, self.space)
+        return PairLoss(
+            predict, data, samples, objective.times(self.times), objective.Comparison(self.metric, self.space)
+        )
 
     def scheduler(self, teacher: Any, data: Trajectories) -> RectifiedFlowScheduler:  # noqa: ANN401
         """Returns the student's scheduler: Euler on an even grid."""

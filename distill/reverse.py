@@ -47,9 +47,9 @@ class Reverse(Method):
 
     def __post_init__(self) -> None:
         check_whole(evaluations=1 if self.evaluations is None else self.evaluations)
-        if self.metric == "lpips":
+        if self.metric.startswith("lpips"):
             raise ValueError(
-                "lpips compares images, and reverse distillation learns noise; use metric='l2' or 'pseudo-huber'"
+                f"{self.metric} compares images, and reverse distillation learns noise; use metric='l2' or 'pseudo-huber'"
             )
         check_objective("uniform", self.metric, "model")
 
@@ -68,7 +68,7 @@ class Reverse(Method):
 
     def loss(self, predict: Conditions, data: Trajectories, samples: Sequence[int]) -> Loss:
         """Returns the loss on the pairs."""
-        return PairLoss(predict, data, samples, objective.times([0.0]), objective.metric(self.metric))
+        return PairLoss(predict, data, samples, objective.times([0.0]), objective.Comparison(self.metric))
 
     def scheduler(self, teacher: Any, data: Trajectories) -> RectifiedFlowScheduler:  # noqa: ANN401
         """Returns the student's scheduler, which holds its path."""

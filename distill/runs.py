@@ -6,6 +6,7 @@ saved there too, and then the folder takes its final name.
     distill.json        what the student depends on, and how it is called
     README.md           how it was made, how to use it, what was measured
     pairs-1, ...        what was recorded of the teacher of each round; of no use to the student
+    real-1, ...         likewise of real images, where they were given
     training-1, ...     the course of each round: training.json, training.png, pictures; averages, where profiles were kept
 """
 
@@ -51,6 +52,7 @@ def run(
     pairs: str | os.PathLike[str] | None = None,
     student: nn.Module | None = None,
     lora: LoRA | None = None,
+    real: Any = None,  # noqa: ANN401
     training: Training | None = None,
     reference: Reference = None,
     num_images: int = 2_000,
@@ -78,6 +80,8 @@ def run(
         student: network that is trained, called like the teacher's and with outputs of the same shape; None means a copy of the
             teacher's.
         lora: adapters that are trained in the place of all weights; None means all weights.
+        real: real images, with labels or captions where the teacher takes them, see `flowkit.distill.data.open_examples`; each
+            joins the pairs beside the noise that the teacher leads it back to (`flowkit.distill.real`). None means samples alone.
         training: the settings, ``steps`` and ``batch_size`` among them; None means the method's own.
         reference: what the Fréchet distance of teacher and student is measured against, see `flowkit.eval.evaluate`; None measures
             none.
@@ -94,8 +98,8 @@ def run(
         OSError: for a folder that cannot be written, or a disk without room, before the start.
         TypeError: for a teacher or inputs of a kind that cannot be used.
         ValueError: for an unknown method or a number out of range; where the folder holds a run with another teacher or other
-            settings, or something else; for pairs of another teacher or path, a student of another shape, a teacher without
-            weights; and for a loss that is not finite, which keeps the last checkpoint.
+            settings, or something else; for pairs of another teacher or path, images that the teacher cannot be shown, a student of
+            another shape, a teacher without weights; and for a loss that is not finite, which keeps the last checkpoint.
     """
     chosen = _method(method)
     if training is None:
@@ -106,7 +110,7 @@ def run(
         raise ValueError(f"steps={steps} is given beside training, which has {training.steps}; give one of them")
     watched = {"reference": reference, "num_images": num_images}
     job = Distillation(
-        chosen, teacher, inputs, samples, call, pairs, student, lora, training, watched, seed, batch_size
+        chosen, teacher, inputs, samples, call, pairs, student, lora, real, training, watched, seed, batch_size
     )
     folder = Path(output)
     work = folder.with_name(f"{folder.name}.unfinished")

@@ -134,6 +134,16 @@ def recorded_costs(trajectories: Trajectories, batch_size: int = 64, samples: in
     return costs
 
 
+def batches_of_shard(sample: int, batch_size: int) -> int:
+    """Returns how many batches make a shard.
+
+    Args:
+        sample: bytes of one.
+        batch_size: samples of a batch.
+    """
+    return min(_BATCHES, max(1, _BYTES // (sample * batch_size)))
+
+
 class _Job:
     """A recording: its settings, and which samples are in which shard."""
 
@@ -147,8 +157,7 @@ class _Job:
         self.shape, self.dtype = list(first.shape[1:]), first.dtype
         self.scale = runs.scheduler.plan(len(grid), None, None, None).start
         self.bytes = (len(self.states) + len(self.outputs)) * math.prod(self.shape) * first.element_size()
-        batches, held = runs.blocks(range(samples)), max(1, _BYTES // (self.bytes * runs.batch_size))
-        size = min(_BATCHES, held)
+        batches, size = runs.blocks(range(samples)), batches_of_shard(self.bytes, runs.batch_size)
         self.blocks = [batches[low : low + size] for low in range(0, len(batches), size)]
         source = PipelineSource(runs.pipe, samples, runs.seed, runs.inputs, runs.call, runs.batch_size).describe()
         del source["pipeline"]["scheduler"], source["seeds"]

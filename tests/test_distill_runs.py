@@ -208,7 +208,7 @@ def test_defaults_are_one_pair_for_each_input() -> None:
     def samples(inputs: Any, count: int | None = None) -> int:
         how = Training(3)
         return Distillation(
-            Reflow(), tiny(), inputs, count, None, None, None, None, how, {"reference": None}, 0, 8
+            Reflow(), tiny(), inputs, count, None, None, None, None, None, how, {"reference": None}, 0, 8
         ).samples
 
     assert samples(None) == SAMPLES

@@ -153,7 +153,8 @@ class Exact:
 
 
 def gaussian(name: str = "flow", prediction: str | None = None, solver: str = "euler") -> ClassConditionalPipeline:
-    network = MixtureDenoiser.of(torch.full((1, 1, 2, 2), MEAN), STD, path=name, prediction_type=prediction)
+    mean, label = torch.full((1, 1, 2, 2), MEAN), torch.zeros(1, dtype=torch.int64)
+    network = MixtureDenoiser.of(mean, STD, labels=label, path=name, prediction_type=prediction)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} if name == "vp" else {}
     kind = {} if prediction is None else {"prediction_type": prediction}
     pipe = ClassConditionalPipeline(network, RectifiedFlowScheduler(path=name, solver=solver, **betas, **kind))

@@ -17,7 +17,7 @@ from torch_fidelity import sample_similarity_lpips as theirs
 
 from flowkit import weights
 from flowkit.distill import lpips
-from flowkit.distill.objective import metric, times
+from flowkit.distill.objective import Comparison, metric, times
 
 Law = Callable[[np.ndarray], np.ndarray]
 
@@ -139,6 +139,38 @@ def test_distances_are_their_formulas() -> None:
         metric(name)(x, x.detach()).sum().backward()
         assert x.grad is not None
         assert (x.grad == 0).all()
+
+
+def test_comparisons_are_their_formulas(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowkit.distill.lpips.weight_folders", lambda: [folder])
+    output, state = pair(3, 3, 8, 8), pair(3, 3, 8, 8, seed=2)
+    s, d = torch.tensor([1.0, 0.25, 0.0]), 3 * 64
+    seen = metric("lpips")(*state)
+    square = (output[0] - output[1]).double().square().flatten(1).sum(1)
+    huber = ((square + (0.00054 * d) ** 2).sqrt() - 0.00054 * d) / d
+    blend = Comparison("lpips-huber")(output, state, s)
+    assert blend.tolist() == pytest.approx(((1 - s) * huber + seen).tolist(), rel=1e-5)
+    divided = Comparison("lpips-huber-1/t")(output, state, s)
+    assert divided[:2].tolist() == pytest.approx([float(seen[0]), float(0.75 * huber[1] + seen[1] / 0.25)], rel=1e-5)
+    # At data the state is the sample whatever the output: no distance, and none after the division.
+    same = state[1].clone().requires_grad_(), state[1]
+    (there,) = Comparison("lpips-huber-1/t")((output[0][:1], output[1][:1]), (same[0][:1], same[1][:1]), s[2:]).tolist()
+    assert there == pytest.approx(float(huber[0]), rel=1e-5)
+    # LPIPS sees samples in either space; the others what they are told to see.
+    for space in ("model", "x0"):
+        assert torch.equal(Comparison("lpips", space)(output, state, s), seen)
+    assert torch.equal(Comparison("l2")(output, state, s), metric("l2")(*output))
+    assert torch.equal(Comparison("l2", "x0")(output, state, s), metric("l2")(*state))
+    with pytest.raises(
+        ValueError, match="lpips-huber compares outputs and samples, which reflow alone has in its space 'model'"
+    ):
+        Comparison("lpips-huber", "x0")
+    with pytest.raises(
+        ValueError, match="no distance is called 'lpips-huber-2'; there are l2, pseudo-huber, lpips, lpips-huber, "
+    ):
+        Comparison("lpips-huber-2")
+    with pytest.raises(ValueError, match="unknown space 'x1'; choose model or x0"):
+        Comparison("l2", "x1")
 
 
 @pytest.mark.parametrize(

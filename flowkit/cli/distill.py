@@ -71,6 +71,9 @@ _SHARED = (
     _option(
         "samples", int, "Samples of the teacher to learn from.", "10,000, and at least one for each input", "N", WHAT
     ),
+    _option(
+        "real", str, "Real images to learn from beside the samples, as --data of flowkit train flow.", False, "DATA", WHAT
+    ),
     _option("pairs", Path, "An earlier recording in the place of a new one.", False, "DIR", WHAT),
     _option("seed", int, "Seed of all noise.", "0", "N", WHAT),
     _option("steps", int, "Updates.", "the method's", "N", _TRAINING),
@@ -113,8 +116,8 @@ def _times(shown: str) -> inspect.Parameter:
     return _option("times", str, words, shown, "NAME", _METHOD)
 
 
-def _metric(shown: str) -> inspect.Parameter:
-    return _option("metric", Literal["l2", "pseudo-huber", "lpips"], "Distance made small.", shown, None, _METHOD)
+def _metric(shown: str, kinds: Any = Literal["l2", "pseudo-huber", "lpips"]) -> inspect.Parameter:  # noqa: ANN401
+    return _option("metric", kinds, "Distance made small.", shown, None, _METHOD)
 
 
 def _student_steps(shown: str) -> inspect.Parameter:
@@ -156,7 +159,7 @@ _command(
     _EVALUATIONS,
     _SOLVER,
     _times("noise"),
-    _metric("l2"),
+    _metric("l2", Literal["l2", "pseudo-huber", "lpips", "lpips-huber", "lpips-huber-1/t"]),
     _option("space", Literal["model", "x0"], "What is compared: the output, or the sample.", "model", None, _METHOD),
 )
 _command(
@@ -172,7 +175,7 @@ _command(
     "Learn the noise of a sample in one step: a fast encoder, for flowkit.distill.invert.",
     _EVALUATIONS,
     _SOLVER,
-    _metric("l2"),
+    _metric("l2", Literal["l2", "pseudo-huber"]),
 )
 _command(
     "boss",
@@ -180,7 +183,7 @@ _command(
     _student_steps("4"),
     _option("anchors", int, "Steps of the teacher, whose levels the grid is chosen from.", "100", "N", _METHOD),
     _option("search", int, "Trajectories that the grid is chosen on.", "100", "N", _METHOD),
-    _metric("l2"),
+    _metric("l2", Literal["l2", "pseudo-huber"]),
 )
 _command(
     "rectified-diffusion",

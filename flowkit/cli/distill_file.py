@@ -46,6 +46,7 @@ class _Common(BaseModel):
     guidance_scale: float | None = _field("a number")
     call: dict[str, Any] | None = _field("a mapping of the pipeline's arguments")
     samples: int | None = _field("a whole number of at least 1", ge=1)
+    real: Text | None = _field("images, as the data of flowkit train flow")
     pairs: Text | None = _field("the folder of a recording")
     reference: Text | None = _field("digits, shapes, a file of statistics, or a folder of images")
     num_images: int | None = _field("a whole number of at least 2", ge=2)
@@ -101,7 +102,7 @@ def read(path: Path, method: str) -> dict[str, Any]:
     for name in ("pairs", "prompts"):
         if isinstance(found.get(name), str):
             found[name] = base / found[name]
-    for name in ("reference", "model"):
+    for name in ("reference", "model", "real"):
         if name in found and (base / found[name]).exists() and found[name] not in assets.NAMES:
             found[name] = str(base / found[name])
     for name in {"options", "training", "lora"} & found.keys():

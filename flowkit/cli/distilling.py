@@ -39,6 +39,7 @@ class Job:
         training: its settings.
         lora: adapters; None for all weights.
         samples: of the teacher.
+        real: real images beside them.
         pairs: an earlier recording.
         reference: of the Fréchet distance.
         num_images: of each.
@@ -50,6 +51,7 @@ class Job:
     training: Training
     lora: LoRA | None
     samples: int | None
+    real: str | None
     pairs: Path | None
     reference: str | None
     num_images: int
@@ -79,7 +81,7 @@ def run(method: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         batch = job.how.batch_size or (4 if "prompt" in request.rows[0] else 64)
         runs.run(
             job.method, pipe, request.inputs() if request.rows != [{}] else None, output=job.how.output,
-            samples=_samples(job, request), call=call, pairs=job.pairs, lora=job.lora, training=job.training,
+            samples=_samples(job, request), call=call, pairs=job.pairs, lora=job.lora, real=job.real, training=job.training,
             reference=job.reference, num_images=job.num_images, resume=not job.overwrite, seed=job.how.seed, batch_size=batch,
         )  # fmt: skip
         if state.is_main_process:
@@ -119,8 +121,8 @@ def prepare(method: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> Jo
         Trajectories(fields["pairs"])
     lora = LoRA(**fields["lora"]) if "lora" in fields else None
     return Job(
-        chosen, _options(fields, output), training, lora, fields.get("samples"), fields.get("pairs"), reference, count,
-        given["overwrite"] or False,
+        chosen, _options(fields, output), training, lora, fields.get("samples"), fields.get("real"), fields.get("pairs"),
+        reference, count, given["overwrite"] or False,
     )  # fmt: skip
 
 
