@@ -176,6 +176,7 @@ class Beside(Trajectories):
         taken = [place for place, number in enumerate(samples) if number >= self._first]
         found = torch.empty(len(samples), len(wanted), *self.shape, dtype=self.dtype)
         found[drawn] = super().states([samples[place] for place in drawn], wanted)
-        own = [self._real.at.index(self.at[i]) for i in wanted] if taken else []
-        found[taken] = self._real.states([samples[place] - self._first for place in taken], own)
+        if taken:
+            own = [self._real.at.index(self.at[i]) for i in wanted]
+            found[taken] = self._real.states([samples[place] - self._first for place in taken], own)
         return found

@@ -121,14 +121,17 @@ def test_samples_and_images_are_told_apart(tmp_path: Path) -> None:
         found = beside.states([first + 5, 2, first, 0], [1, 0])
         assert torch.equal(found[[1, 3]], made.pairs.states([2, 0], [1, 0]))
         assert torch.equal(found[[0, 2]], real.states([5, 0], [1, 0]))
+        assert torch.equal(beside.states([2, 0]), made.pairs.states([2, 0]))
+        assert torch.equal(beside.states([first + 5]), real.states([5]))
     # Each image has its own label: with another one its noise is another.
     assert [made.predict._number[10 + i] for i in range(5)] == [0, 1, 2, 3, 0]
 
 
 def test_a_student_of_samples_and_images(tmp_path: Path) -> None:
-    teacher, images = tiny(), labelled(12)
-    alone = run(Reflow(rounds=2), teacher, output=tmp_path / "alone", **SMALL)
-    student = run(Reflow(rounds=2), teacher, output=tmp_path / "real", real=images, **SMALL)
+    # Of 40 samples two are held out, which are samples alone.
+    teacher, images, short = tiny(), labelled(12), {**SMALL, "samples": 40}
+    alone = run(Reflow(rounds=2), teacher, output=tmp_path / "alone", **short)
+    student = run(Reflow(rounds=2), teacher, output=tmp_path / "real", real=images, **short)
     assert any(not torch.equal(a, b) for a, b in zip(alone.unet.parameters(), student.unet.parameters(), strict=True))
     found = [Trajectories(tmp_path / "real" / f"real-{number}").states(range(12)) for number in (1, 2)]
     assert torch.equal(found[0][:, 1], found[1][:, 1])
@@ -137,7 +140,7 @@ def test_a_student_of_samples_and_images(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "real" / "distill.json").read_text())
     assert stored["real"]["data"]["count"] == 12
     with pytest.raises(ValueError, match=r"holds a run with real\."):
-        run(Reflow(rounds=2), teacher, output=tmp_path / "real", real=labelled(11), **SMALL)
+        run(Reflow(rounds=2), teacher, output=tmp_path / "real", real=labelled(11), **short)
 
 
 def test_latents_and_captions(tmp_path: Path) -> None:
