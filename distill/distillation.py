@@ -300,11 +300,10 @@ class Distillation:
         if self.real is None:
             return data
         with bar(show) as display:
-            total = self.real.evaluations(predict, data.grid) // processes.count
-            task = display.add_task("noise of real images", total=total)
+            task = display.add_task("noise of real images", total=None)
             real = self.real.record(
                 predict, network, data, work / f"real-{number}", self.samples, self.batch_size, processes,
-                lambda rows: display.advance(task, rows),
+                lambda rows, total: display.update(task, advance=rows, total=total),
             )  # fmt: skip
         return Beside(data, real, self.samples)
 

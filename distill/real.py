@@ -92,7 +92,7 @@ class Real:
         first: int,
         batch_size: int,
         processes: Processes,
-        on_rows: Callable[[int], None],
+        on_rows: Callable[[int, int], None],
     ) -> Trajectories:
         """Records each image and its noise, on the levels of the teacher's pairs; goes on where a killed call stopped.
 
@@ -104,7 +104,7 @@ class Real:
             first: number of the first image in ``predict``.
             batch_size: images at a time.
             processes: that share the work.
-            on_rows: called with the number of evaluations that were made.
+            on_rows: called with the number of evaluations that were made, and of all that this process makes.
 
         Raises:
             OSError: where the disk fills up.
@@ -124,9 +124,12 @@ class Real:
         processes.agree(lambda: open_run(folder, settings, True, RECORDING) if processes.main else None)
         rows, encode = upwards(predict, pairs.grid), Encoder(self._pipe, predict.shape)
 
+        def told(count: int) -> None:
+            on_rows(count, total)
+
         def drawn(part: range) -> Tensor:
             x = self._encoded(encode, part)
-            noise = walk(predict, network, rows, x, range(first + part.start, first + part.stop), on_rows)
+            noise = walk(predict, network, rows, x, range(first + part.start, first + part.stop), told)
             if not noise.isfinite().all():
                 raise ValueError(
                     f"the noise of the real images {part.start} to {part.stop - 1} is not finite; try float32, or more evaluations"
@@ -144,7 +147,9 @@ class Real:
 
         absent = [k for k in range(len(blocks)) if not shards.shard_file(folder, k).is_file()]
         missing = processes.share(absent)
-        processes.agree(lambda: draw(missing[processes.rank :: processes.count]))
+        mine = missing[processes.rank :: processes.count]
+        total = len(rows) * sum(len(blocks[k]) for k in mine)
+        processes.agree(lambda: draw(mine))
         index = {"count": len(self), "shards": [{"first": block.start, "count": len(block)} for block in blocks]}
         processes.agree(lambda: write_json(folder / shards.INDEX, index) if processes.main else None)
         processes.wait()
