@@ -120,7 +120,7 @@ class Comparison:
         Args:
             output: of the network, and the one wanted, (B, ...) each.
             state: to which the output leads, and the one wanted, (B, ...) each.
-            s: flow time of each row, in [0, 1], (B,).
+            s: where each row lies on its line, 1 at the start and 0 at the end, (B,); from pure noise to data that is flow time.
         """
         found = self._metric(*(output if self._space == "model" else state))
         if self._seen is None:

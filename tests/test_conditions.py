@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +25,6 @@ from .tiny_parts import random
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-ROOT = Path(__file__).parents[1]
 _WORDS = ("a red cat", "a car", "mud")
 _NEGATED = ("z-image", "z-image-img2img", "hidream", "lumina", "lumina2", "ltx-condition")
 _FRAMES = "gives its network something else than the sample"
@@ -108,7 +103,7 @@ def _kandinsky5(prompt: Any, **_: Any) -> Any:
 _ENCODED = {"z-image": _z_image, "z-image-img2img": _z_image, "hidream": _hidream, "kandinsky5": _kandinsky5}
 
 
-def _built(family: str) -> Any:
+def built(family: str) -> Any:
     pipe = build(family, stock_of(family))
     if family in _ENCODED:
         pipe.encode_prompt = _ENCODED[family]
@@ -147,7 +142,7 @@ def plain_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_all_kinds_are_those_of_the_pipelines_own_batch(family: str) -> None:
     """Samples in another order and repeated, captured in two batches, each at the time of another step."""
     inputs, call = arguments_of(family)
-    pipe = _built(family)
+    pipe = built(family)
     conditions = Conditions(pipe, None if family == "ddpm" else inputs, 6, call=call, batch_size=2)
     assert type(pipe.scheduler) is type(stock_of(family))
     assert conditions.distinct == (1 if family == "ddpm" else 3)
@@ -174,7 +169,7 @@ def test_rows_of_all_kinds_are_those_of_the_pipelines_own_batch(family: str) -> 
 def test_what_cannot_be_called_again_is_refused(family: str) -> None:
     inputs, call = arguments_of(family)
     with pytest.raises(ValueError, match=REFUSED[family]):
-        Conditions(_built(family), inputs, 3, call=call)
+        Conditions(built(family), inputs, 3, call=call)
 
 
 def test_the_embedded_digits() -> None:
@@ -209,7 +204,7 @@ def test_prompts_of_other_lengths_run_in_groups(family: str) -> None:
             inputs[1][name] = torch.cat([inputs[1][name], inputs[0][name][:2]])
         elif "mask" in name:
             inputs[1][name] = torch.ones(6, dtype=inputs[1][name].dtype)
-    pipe = _built(family)
+    pipe = built(family)
     conditions = Conditions(pipe, inputs, 3, call=call, batch_size=1)
     calls: list[int] = []
     pipe_network = copy.deepcopy(conditions.network)
@@ -242,7 +237,7 @@ class _Wrapped(torch.nn.Module):
 @pytest.mark.parametrize("family", ["sd15", "qwen-image", "z-image"])
 def test_a_student_is_run_in_the_networks_place_and_gets_gradients(family: str) -> None:
     inputs, call = arguments_of(family)
-    conditions = Conditions(_built(family), inputs, 3, call=call)
+    conditions = Conditions(built(family), inputs, 3, call=call)
     student = copy.deepcopy(conditions.network).requires_grad_(True)
     x, s = random(3, *conditions.shape), torch.tensor([0.9, 0.2, 0.5])
     with torch.no_grad():
@@ -286,7 +281,7 @@ def test_a_wide_student_of_a_narrow_teacher() -> None:
     inputs, call = arguments_of("sd3")
     narrow = build("sd3", stock_of("sd3"), torch.bfloat16)
     conditions = Conditions(narrow, inputs, 3, call=call)
-    exact = Conditions(_built("sd3"), inputs, 3, call=call)
+    exact = Conditions(built("sd3"), inputs, 3, call=call)
     x, s = random(3, *conditions.shape), torch.tensor([0.9, 0.2, 0.501])
     student = copy.deepcopy(exact.network)
     with torch.no_grad():
@@ -301,109 +296,6 @@ def test_a_wide_student_of_a_narrow_teacher() -> None:
     assert float((wide - wanted).norm()) < 0.01 * size  # but for the rounded embeddings
     assert float((cast - wanted).norm()) < 0.05 * size
     assert float((own - wanted).norm()) < 0.05 * size
-
-
-# Folders.
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@pytest.mark.parametrize("family", ["sd15", "lumina", "qwen-image", "z-image", "flux-kontext"])
-def test_a_folder_holds_what_memory_would(family: str, tmp_path: Path) -> None:
-    inputs, call = arguments_of(family)
-    pipe = _built(family)
-    made = Conditions(pipe, inputs, 6, call=call, batch_size=2)
-    kept = Conditions(pipe, inputs, 6, call=call, batch_size=2, folder=tmp_path / "kept")
-    done: list[int] = []
-    again = Conditions(pipe, inputs, 6, call=call, batch_size=2, folder=tmp_path / "kept", on_input=done.append)
-    assert sum(done) == 3
-    x, s, samples = random(4, *made.shape), torch.tensor([0.9, 0.2, 0.5, 0.3]), [2, 3, 1, 0]
-    with torch.no_grad():
-        wanted = made(made.network, x, s, samples)
-        for conditions in (kept, again):
-            assert torch.equal(conditions(made.network, x, s, samples), wanted)
-
-
-def test_a_killed_capture_goes_on(tmp_path: Path) -> None:
-    pipe, inputs = flowkit.load_demo("digits"), list(range(10))
-    whole = tmp_path / "whole"
-    Conditions(pipe, inputs, 20, batch_size=3, folder=whole)
-    assert len(list(whole.glob("shard-*"))) == 4
-
-    class Killed(Exception):
-        pass
-
-    def stop(rows: int) -> None:
-        seen.append(rows)
-        if len(seen) == 3:  # what was there, and two batches
-            raise Killed
-
-    seen: list[int] = []
-    folder = tmp_path / "killed"
-    with pytest.raises(Killed):
-        Conditions(pipe, inputs, 20, batch_size=3, folder=folder, on_input=stop)
-    assert len(list(folder.glob("shard-*"))) == 2
-    (folder / ".shard-000002.safetensors.torn").write_bytes(b"half")
-    stamps = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
-    rows: list[int] = []
-    Conditions(pipe, inputs, 20, batch_size=3, folder=folder, on_input=rows.append)
-    assert rows == [6, 3, 1]
-    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
-    assert _files(folder) == _files(whole)
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_capture(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from flowkit import load_demo; "
-    script += "from flowkit.distill.conditions import Conditions; "
-    script += "Conditions(load_demo(), range(10), 20, batch_size=3, folder=Path(sys.argv[1]))"
-    (tmp_path / "script.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), str(tmp_path / "two")], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    Conditions(flowkit.load_demo("digits"), range(10), 20, batch_size=3, folder=tmp_path / "one")
-    assert _files(tmp_path / "two") == _files(tmp_path / "one")
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    pipe = flowkit.load_demo("digits")
-    folder = tmp_path / "kept"
-    Conditions(pipe, range(10), 10, folder=folder)
-    own: dict[str, Any] = {"inputs": range(10), "count": 10, "folder": folder}
-    others: list[tuple[dict[str, Any], str]] = [
-        ({"inputs": range(9)}, "inputs"),
-        ({"count": 11}, "inputs"),
-        ({"batch_size": 5}, "batch_size"),
-        ({"call": {"guidance_scale": 2.0}}, "call.guidance_scale"),
-    ]
-    for other, place in others:
-        with pytest.raises(ValueError, match=f"holds captured conditioning with {place} .* choose another folder"):
-            Conditions(pipe, **{**own, **other})
-    inputs, call = arguments_of("sd15")
-    text = tmp_path / "text"
-    Conditions(_built("sd15"), inputs, 3, call=call, folder=text)
-    pipe = _built("sd15")
-    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
-    next(pipe.text_encoder.parameters()).data += 1.0
-    with pytest.raises(ValueError, match="holds captured conditioning with weights"):
-        Conditions(pipe, inputs, 3, call=call, folder=text)
-    pipe = _built("sd15")
-    pipe.unet = copy.deepcopy(pipe.unet)  # a student: what it is given is the same
-    next(pipe.unet.parameters()).data += 1.0
-    Conditions(pipe, inputs, 3, call=call, folder=text)
-    shard = text / "shard-000000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is corrupt, cut short or not a safetensors file"):
-        Conditions(pipe, inputs, 3, call=call, folder=text)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds no conditions.json, so it is no folder of captured conditioning"):
-        Conditions(pipe, inputs, 3, call=call, folder=tmp_path / "full")
 
 
 # Errors.
@@ -427,16 +319,16 @@ def test_bad_input() -> None:
             conditions(pipe.unet, x, at, samples)
     inputs, call = arguments_of("sd15-img2img")
     with pytest.raises(ValueError, match="took 1 of 2 steps; call it so that it starts from pure noise"):
-        Conditions(_built("sd15-img2img"), inputs, 3, call={**call, "strength": 0.5})
+        Conditions(built("sd15-img2img"), inputs, 3, call={**call, "strength": 0.5})
     inputs, call = arguments_of("flux")
     del call["height"]
     with pytest.raises(ValueError, match="give all inputs of one training the same size"):
-        Conditions(_built("flux"), [{**inputs[0], "height": 16}, {**inputs[0], "height": 32}], 2, call=call)
+        Conditions(built("flux"), [{**inputs[0], "height": 16}, {**inputs[0], "height": 32}], 2, call=call)
 
 
 def test_the_pipeline_is_left_as_it_was() -> None:
     inputs, call = arguments_of("sd15-pag")
-    pipe = _built("sd15-pag")
+    pipe = built("sd15-pag")
     processors, scheduler = dict(pipe.unet.attn_processors), pipe.scheduler
     Conditions(pipe, inputs, 3, call=call)
     assert pipe.unet.attn_processors == processors

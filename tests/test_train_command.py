@@ -19,7 +19,7 @@ from flowkit import assets, weights
 from flowkit.cli import app
 from flowkit.distill import panel
 
-from .test_flow import tiny_digits
+from .test_train_flow import tiny_digits
 
 ROOT = Path(__file__).resolve().parents[1]
 
